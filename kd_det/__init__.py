@@ -1,0 +1,12 @@
+"""kd_det: knowledge distillation for Detectron2. Importing it registers everything with Detectron2."""
+
+from kd_det import compat
+
+compat.install()
+
+from kd_det import data, distillation, distillers, modeling  # noqa: E402
+
+data.register_builtin()
+
+__version__ = "0.1.0"
+__all__ = ["data", "distillation", "distillers", "modeling"]

@@ -1,0 +1,120 @@
+"""
+What an installed Detectron2, Pillow or torch lacks, repaired in one place.
+
+Call `install()` before anything of detectron2 is imported. Each repair tests for the thing that is
+missing, never for a version, so the same file serves Detectron2 0.6 without its C++ extension and
+upstream's main branch, compiled or not.
+"""
+
+import contextlib
+import importlib.util
+import math
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_WITHOUT_C = (
+    "deformable convolution, rotated boxes and the C++ COCOeval need Detectron2's compiled extension, "
+    "which this installation does not have; install Detectron2 from source with a compiler, or leave them out"
+)
+
+
+class _MissingExtension(types.ModuleType):
+    """Stands in for `detectron2._C`; every use of it raises an error that says what is missing."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError(f"detectron2._C.{name} was called, but {_WITHOUT_C}.")
+
+
+def has_compiled_extension() -> bool:
+    """Return whether Detectron2's C++ extension is really there."""
+    return not isinstance(sys.modules.get("detectron2._C"), _MissingExtension) and (
+        importlib.util.find_spec("detectron2._C") is not None
+    )
+
+
+def install() -> None:
+    """
+    Repair what is missing, in this process. Safe to call again.
+
+    Raises:
+        ImportError: no Detectron2 is installed at all; the message says how to get one.
+    """
+    if importlib.util.find_spec("detectron2") is None:
+        raise ImportError(
+            "kd_det needs Detectron2, and none is installed. Either install it from its repository "
+            "(see its INSTALL.md), or run `uv sync` in kd_det's folder, which adds the Python files "
+            "of Detectron2 0.6 from the package index."
+        )
+    if "detectron2._C" not in sys.modules and importlib.util.find_spec("detectron2._C") is None:
+        # detectron2.layers imports the extension unconditionally at v0.6.
+        sys.modules["detectron2._C"] = _MissingExtension("detectron2._C")
+    from PIL import Image
+
+    if not hasattr(Image, "LINEAR"):
+        # Removed in Pillow 10; detectron2.data.transforms reads it at import.
+        Image.LINEAR = Image.Resampling.BILINEAR  # type: ignore[attr-defined]
+    if not hasattr(np, "bool"):
+        # Absent from numpy 1.24 to 1.26; detectron2.structures.masks calls it.
+        np.bool = np.bool_  # type: ignore[attr-defined]
+
+
+class GroupNorm(nn.GroupNorm):
+    """
+    GroupNorm with gcd(32, channels) groups, as narrow students and Detectron2's heads need it.
+
+    Detectron2's own "GN" asks for 32 groups of any width, and v0.6's RetinaNetHead probes it with one
+    channel, which raises. Pass this class where a head takes a norm callable.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__(math.gcd(32, num_channels), num_channels)
+
+
+def head_norm(name: str) -> Any:
+    """
+    Return what a Detectron2 dense head accepts as `norm`.
+
+    Args:
+        name: a Detectron2 norm name ("", "GN", "BN", "SyncBN", ...).
+
+    Returns:
+        The name itself, or `GroupNorm` for "GN".
+    """
+    return GroupNorm if name == "GN" else name
+
+
+def _numpy_globals() -> list[Any]:
+    """Types a checkpoint with numpy arrays or numpy scalars refers to; all are plain data."""
+    multiarray = getattr(np, "_core", None) or np.core
+    names = {
+        "_reconstruct": multiarray.multiarray._reconstruct,
+        "scalar": multiarray.multiarray.scalar,
+    }
+    out: list[Any] = [np.ndarray, np.dtype]
+    # numpy moved the module in 2.0; a file written before names the old place.
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        out += [(value, f"{module}.{key}") for key, value in names.items()]
+    out += [
+        type(np.dtype(kind)) for kind in ("bool", "i1", "u1", "i2", "i4", "i8", "f2", "f4", "f8")
+    ]
+    return out
+
+
+@contextlib.contextmanager
+def safe_numpy_load() -> Iterator[None]:
+    """
+    Let `torch.load(weights_only=True)` read numpy arrays, and nothing else, inside the context.
+
+    Model-zoo files hold numpy arrays, which the safe unpickler refuses by default. The safety itself
+    stays on.
+    """
+    with torch.serialization.safe_globals(_numpy_globals()):
+        yield

@@ -1,0 +1,178 @@
+"""
+Capturing the outputs of named modules during one forward pass.
+
+Hooks are attached for the duration of one pass and removed after it, so a model that is evaluated,
+copied or exported carries none. Outputs are kept by reference, never cloned; a later in-place change
+of a captured tensor is detected and stops the run.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from kd_det.config import nearest
+
+
+class StopForward(Exception):
+    """Raised inside a forward pass once everything wanted from it has been captured."""
+
+
+@dataclass(frozen=True)
+class CapturePath:
+    """
+    A module path with an optional call number.
+
+    Attributes:
+        module: dotted path, e.g. "head.cls_subnet.0"; "" is the model itself.
+        call: which call of the module is meant, 0 the first; None for all of them.
+    """
+
+    module: str
+    call: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "CapturePath":
+        """
+        Read "path" or "path@2".
+
+        Raises:
+            ValueError: what follows "@" is no number.
+        """
+        module, at, call = text.partition("@")
+        if at and not call.isdigit():
+            raise ValueError(
+                f"Capture {text!r}: expected a call number after '@', e.g. {module}@0."
+            )
+        return cls(module, int(call) if at else None)
+
+
+class Captures:
+    """Outputs of one pass by module path, one entry per call."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[str, list[Any]] = {}
+        self._versions: dict[str, list[list[tuple[Tensor, int]]]] = {}
+        self.order: list[str] = []
+
+    def add(self, module: str, output: Any) -> None:
+        """Keep one output."""
+        self._outputs.setdefault(module, []).append(output)
+        versions = [(tensor, tensor._version) for tensor in tensors_of(output)]
+        self._versions.setdefault(module, []).append(versions)
+        self.order.append(module)
+
+    def get(self, path: CapturePath) -> list[Any]:
+        """
+        Return what was captured, one entry per call (a single entry if the path names a call).
+
+        Raises:
+            RuntimeError: nothing was captured, or a captured tensor was changed in place since.
+        """
+        calls = self._outputs.get(path.module, [])
+        if not calls or (path.call is not None and path.call >= len(calls)):
+            wanted = "" if path.call is None else f" call {path.call} of"
+            raise RuntimeError(
+                f"Capture: wanted{wanted} module '{path.module}', but it was called {len(calls)} times "
+                "in this forward pass; capture a module that this model runs."
+            )
+        chosen = slice(None) if path.call is None else slice(path.call, path.call + 1)
+        for versions in self._versions[path.module][chosen]:
+            if any(tensor._version != version for tensor, version in versions):
+                raise RuntimeError(
+                    f"Capture: the output of '{path.module}' was modified in place later in the forward "
+                    "pass; capture the module that makes the modification (e.g. the activation)."
+                )
+        return calls[chosen]
+
+
+class FeatureCapture:
+    """
+    Captures outputs of a model's modules.
+
+    Args:
+        model: the model whose forward passes are observed.
+        paths: what to capture.
+
+    Raises:
+        ValueError: a path names no module; the message lists the nearest ones.
+    """
+
+    def __init__(self, model: nn.Module, paths: Iterable[CapturePath]) -> None:
+        self.paths = tuple(dict.fromkeys(paths))
+        modules = dict(model.named_modules())
+        for path in self.paths:
+            if path.module not in modules:
+                raise ValueError(
+                    f"{type(model).__name__} has no module '{path.module}' to capture; "
+                    f"{nearest(path.module, (name for name in modules if name))}."
+                )
+        self._modules = {path.module: modules[path.module] for path in self.paths}
+
+    @contextlib.contextmanager
+    def record(self, stop_after: int | None = None) -> Iterator[Captures]:
+        """
+        Capture during the context.
+
+        Args:
+            stop_after: raise `StopForward` from the hook after this many captures of any kind; it
+                ends the context silently.
+
+        Yields:
+            The captures, filled while the model runs; still readable after the context.
+        """
+        captures = Captures()
+        handles: list[RemovableHandle] = []
+        try:
+            for name, module in self._modules.items():
+                handles.append(module.register_forward_hook(_hook(name, captures, stop_after)))
+            yield captures
+        except StopForward:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def count_needed(self, order: list[str]) -> int:
+        """
+        Return how many captures a pass needs before everything wanted has been seen.
+
+        Args:
+            order: module paths in the order in which a full pass fired them (`Captures.order`).
+
+        Raises:
+            RuntimeError: a wanted module did not fire, or not often enough.
+        """
+        last = 0
+        for path in self.paths:
+            fired = [i for i, name in enumerate(order) if name == path.module]
+            if not fired or (path.call is not None and path.call >= len(fired)):
+                raise RuntimeError(
+                    f"Capture: module '{path.module}' runs {len(fired)} times in a forward pass of the "
+                    f"model in evaluation mode; wanted {'it' if path.call is None else path.call}."
+                )
+            last = max(last, fired[-1 if path.call is None else path.call] + 1)
+        return last
+
+
+def _hook(name: str, captures: Captures, stop_after: int | None) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        captures.add(name, output)
+        if stop_after is not None and len(captures.order) >= stop_after:
+            raise StopForward
+
+    return hook
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Return the tensors in nested dicts, lists and tuples, in order."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, (list, tuple)):
+        return [tensor for item in output for tensor in tensors_of(item)]
+    return []

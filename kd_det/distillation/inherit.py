@@ -1,0 +1,76 @@
+"""
+Starting parts of the student as copies of the teacher's ("inheriting" in PGD, weight copy in MSAD).
+
+It happens once, at a fresh start, after the student's own weights were loaded; never on resume.
+"""
+
+import fnmatch
+import logging
+from collections.abc import Sequence
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from kd_det.config import nearest
+
+_logger = logging.getLogger(__name__)
+
+
+def inheritable_state(teacher: nn.Module) -> dict[str, Tensor]:
+    """Return the teacher's tensors under the names a plain student knows them by."""
+    if hasattr(teacher, "inheritable_state"):  # a wrapper whose detector sits deeper
+        return dict(teacher.inheritable_state())
+    return teacher.state_dict()
+
+
+@torch.no_grad()
+def inherit(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """
+    Copy the teacher's tensors into the student where a pattern, the name and the shape match.
+
+    Args:
+        student: changed in place.
+        teacher: read only.
+        patterns: fnmatch patterns of state-dict keys ("head.*"); a plain module path ("head") means
+            everything below it.
+
+    Returns:
+        The keys that were copied. Every tensor a pattern names is reported in the log, copied or not.
+
+    Raises:
+        ValueError: a pattern names no tensor of the student, or nothing of it could be copied.
+    """
+    source, target = inheritable_state(teacher), student.state_dict()
+    copied: list[str] = []
+    rows: list[tuple[str, str]] = []
+    for pattern in patterns:
+        keys = [k for k in target if fnmatch.fnmatch(k, pattern) or k.startswith(pattern + ".")]
+        if not keys:
+            raise ValueError(
+                f"KD.INHERIT: the pattern {pattern!r} names no tensor of the student; "
+                f"{nearest(pattern, target)}."
+            )
+        before = len(copied)
+        for key in keys:
+            outcome = _copy(key, source, target)
+            rows.append((key, outcome))
+            if outcome == "inherited":
+                copied.append(key)
+        if len(copied) == before:
+            raise ValueError(
+                f"KD.INHERIT: no tensor of {pattern!r} could be copied from the teacher:\n"
+                + tabulate(rows[-len(keys) :], headers=["tensor", "outcome"])
+            )
+    table = tabulate(rows, headers=["tensor", "outcome"])
+    _logger.info("Inherited %d of %d tensors from the teacher:\n%s", len(copied), len(rows), table)
+    return copied
+
+
+def _copy(key: str, source: dict[str, Tensor], target: dict[str, Tensor]) -> str:
+    if key not in source:
+        return "kept: the teacher has no such tensor"
+    if source[key].shape != target[key].shape:
+        return f"kept: {tuple(target[key].shape)} here, {tuple(source[key].shape)} in the teacher"
+    target[key].copy_(source[key])
+    return "inherited"

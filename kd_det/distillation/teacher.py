@@ -1,0 +1,287 @@
+"""
+The teacher: built from its own config, loaded strictly, frozen, invisible to training.
+
+It is a plain object and not a module, so its tensors reach no optimizer, no checkpoint, no DDP
+bucket and no `.train()`.
+"""
+
+import fnmatch
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from torch import nn
+
+from kd_det.compat import safe_numpy_load
+from kd_det.config import is_distillation, load_config, student_cfg
+from kd_det.distillation.capture import Captures, FeatureCapture
+from kd_det.distillation.views import View
+
+_logger = logging.getLogger(__name__)
+_PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Buffers that old checkpoints carry and models make themselves.
+_HARMLESS = ("pixel_mean", "pixel_std", "*anchor_generator.cell_anchors*", "*num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """Which teacher it was: its config file, its weights' path and their sha256."""
+
+    config_file: str
+    weights: str
+    sha256: str
+
+
+class Teacher:
+    """
+    A frozen model that looks at the batch only as far as the captures need.
+
+    Args:
+        model: the detector; it is frozen and put into evaluation mode for good.
+        view: what it sees of the loaded image.
+        flip_channels: its pixel format has the other channel order than the loaded image.
+        precision: "float32", "float16" or "bfloat16": autocast of its forward pass.
+        identity: what is recorded in checkpoints.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        view: View | None = None,
+        flip_channels: bool = False,
+        precision: str = "float32",
+        identity: TeacherIdentity | None = None,
+    ) -> None:
+        if precision not in _PRECISIONS:
+            raise ValueError(
+                f"KD.TEACHER.PRECISION is {precision!r}, expected one of {', '.join(_PRECISIONS)}."
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.view = view or View()
+        self.flip_channels = flip_channels
+        self.dtype = _PRECISIONS[precision]
+        self.identity = identity
+
+    @torch.no_grad()
+    def __call__(
+        self, batched_inputs: Sequence[dict[str, Any]], capture: FeatureCapture, stop_after: int
+    ) -> Captures:
+        """
+        Run on the loaded batch until the last wanted capture has fired.
+
+        Args:
+            batched_inputs: the batch as loaded, in the student's pixel format.
+            capture: what to keep.
+            stop_after: number of captures after which the pass ends.
+        """
+        inputs = [{"image": self._image(item["image"])} for item in batched_inputs]
+        device_type = next(self.model.parameters()).device.type
+        autocast = torch.autocast(device_type, dtype=self.dtype, enabled=self.dtype is not None)
+        with capture.record(stop_after) as captures, autocast:
+            self.model(self.view(inputs))
+        return captures
+
+    def _image(self, image: torch.Tensor) -> torch.Tensor:
+        # The model normalises by itself, with its own mean and std, after the channels are in order.
+        return image.flip(0) if self.flip_channels else image
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """
+    Return the teacher's own full config.
+
+    Raises:
+        ValueError: KD.TEACHER.CONFIG_FILE is empty.
+        FileNotFoundError: it does not exist.
+    """
+    if not cfg.KD.TEACHER.CONFIG_FILE:
+        raise ValueError(
+            "KD.TEACHER.CONFIG_FILE is empty, but distillers or KD.INHERIT need a teacher; name the yaml "
+            "file the teacher was trained with."
+        )
+    try:
+        out = load_config(cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.OPTS)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise type(error)(f"KD.TEACHER.CONFIG_FILE: {error.args[0]}") from error
+    out.MODEL.DEVICE = cfg.MODEL.DEVICE
+    return out
+
+
+def teacher_weights(cfg: CfgNode, own_cfg: CfgNode) -> str:
+    """Return the path of the teacher's checkpoint; "auto" is the final one of its own OUTPUT_DIR."""
+    weights = cfg.KD.TEACHER.WEIGHTS
+    if weights == "auto":
+        return os.path.join(own_cfg.OUTPUT_DIR, "model_final.pth")
+    return str(weights)
+
+
+def build_teacher(cfg: CfgNode, *, check_classes: bool) -> Teacher:
+    """
+    Build, load and freeze the teacher that a student's config names.
+
+    Args:
+        cfg: the full config of the run.
+        check_classes: a distiller reads class scores, so both models' classes must agree.
+
+    Raises:
+        FileNotFoundError: no config file or no weights.
+        ValueError: the weights are another model's, or the classes differ.
+    """
+    own_cfg = teacher_config(cfg)
+    weights = teacher_weights(cfg, own_cfg)
+    if not weights or ("://" not in weights and not os.path.isfile(weights)):
+        raise FileNotFoundError(
+            f"The teacher's weights {weights!r} do not exist. Train it first (train_net.py --config-file "
+            f"{cfg.KD.TEACHER.CONFIG_FILE}), or set KD.TEACHER.WEIGHTS to its checkpoint."
+        )
+    plain = student_cfg(own_cfg)
+    if check_classes:
+        check_same_classes(student_cfg(cfg), plain)
+    model = build_model(plain)
+    path = load_strictly(model, weights, ignore=cfg.KD.TEACHER.IGNORE_KEYS)
+    # A teacher that was itself trained on a reduced view keeps looking at one.
+    reduced = is_distillation(own_cfg)
+    return Teacher(
+        model,
+        view=View(own_cfg.KD.STUDENT.VIEW_FACTOR, own_cfg.KD.STUDENT.VIEW_INTERPOLATION)
+        if reduced
+        else View(),
+        flip_channels=own_cfg.INPUT.FORMAT != cfg.INPUT.FORMAT,
+        precision=cfg.KD.TEACHER.PRECISION,
+        identity=TeacherIdentity(cfg.KD.TEACHER.CONFIG_FILE, weights, sha256_of(path)),
+    )
+
+
+class _StrictCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, remembering which keys did not match."""
+
+    incompatible: Any = None
+
+    def _load_file(self, filename: str) -> Any:
+        with safe_numpy_load():
+            return super()._load_file(filename)
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+
+def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ()) -> str:
+    """
+    Load weights of which every tensor must find its place, and every place its tensor.
+
+    Args:
+        model: the model; do not use it any further if this raises.
+        weights: path or URL.
+        ignore: fnmatch patterns of keys that may stay unmatched.
+
+    Returns:
+        The local path of the file.
+
+    Raises:
+        ValueError: tensors are missing, left over or of another shape; the message lists them.
+    """
+    checkpointer = _StrictCheckpointer(model, save_to_disk=False)
+    path = checkpointer.path_manager.get_local_path(weights) if "://" in weights else weights
+    try:
+        checkpointer.load(path, checkpointables=[])
+    except Exception as error:
+        raise ValueError(
+            f"The teacher's weights {weights} could not be read ({type(error).__name__}: {error})."
+        ) from error
+    patterns = (*_HARMLESS, *ignore)
+
+    def stray(keys: Sequence[str]) -> list[str]:
+        return [key for key in keys if not any(fnmatch.fnmatch(key, p) for p in patterns)]
+
+    found = checkpointer.incompatible
+    shapes = {key: f"{key}: file {a}, model {b}" for key, a, b in found.incorrect_shapes}
+    problems = {
+        "missing in the file": stray([key for key in found.missing_keys if key not in shapes]),
+        "in the file but not in the model": stray(found.unexpected_keys),
+        "of another shape": [shapes[key] for key in stray(list(shapes))],
+    }
+    if any(problems.values()):
+        lists = "\n".join(f"  {what} ({len(k)}): {_some(k)}" for what, k in problems.items() if k)
+        total = len(model.state_dict())
+        matched = total - len(problems["missing in the file"]) - len(problems["of another shape"])
+        raise ValueError(
+            f"The teacher's weights {weights} do not fit the model of its config: {matched} of {total} "
+            f"tensors matched.\n{lists}\nGive the config the weights were trained with as "
+            "KD.TEACHER.CONFIG_FILE, or list harmless keys in KD.TEACHER.IGNORE_KEYS."
+        )
+    _logger.info("Teacher: all %d tensors loaded from %s", len(model.state_dict()), weights)
+    return path
+
+
+def _some(keys: Sequence[str], count: int = 12) -> str:
+    rest = f", ... and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + rest
+
+
+def sha256_of(path: str) -> str:
+    """Return the sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_same_classes(student: CfgNode, teacher: CfgNode) -> None:
+    """
+    Compare what two plain configs predict.
+
+    Raises:
+        ValueError: class counts, or names of the training data's classes, differ.
+    """
+    counts = class_count(student), class_count(teacher)
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"The student predicts {counts[0]} classes, the teacher {counts[1]}, and a distiller reads "
+            "class scores; both must be trained on the same classes."
+        )
+    names = class_names(student), class_names(teacher)
+    if names[0] and names[1] and names[0] != names[1]:
+        differing = [f"{i}: {a} / {b}" for i, (a, b) in enumerate(zip(*names)) if a != b]
+        raise ValueError(
+            "Student and teacher name their classes differently, and a distiller reads class scores "
+            f"(index: student / teacher): {_some(differing)}."
+        )
+
+
+def class_count(plain: CfgNode) -> int:
+    """Return the number of classes of the meta-architecture that a plain config names."""
+    name = plain.MODEL.META_ARCHITECTURE
+    if "ALIGNED" in plain.MODEL and name == "AlignedMultiScaleDetector":
+        name = plain.MODEL.ALIGNED.META_ARCHITECTURE
+    node = plain.MODEL.get(name.upper(), plain.MODEL.ROI_HEADS)
+    return int(node.NUM_CLASSES)
+
+
+def class_names(plain: CfgNode) -> list[str]:
+    """Return the class names of a plain config's first training set; empty if it has none."""
+    if not plain.DATASETS.TRAIN:
+        return []
+    metadata = MetadataCatalog.get(plain.DATASETS.TRAIN[0])
+    names = metadata.get("thing_classes")
+    file = metadata.get("json_file")
+    if names is None and file and os.path.isfile(file):
+        # Detectron2 fills the names in when the set is loaded, in the order of the category ids.
+        with open(file, encoding="utf-8") as handle:
+            categories = json.load(handle).get("categories", [])
+        names = [item["name"] for item in sorted(categories, key=lambda item: item["id"])]
+    return list(names or [])

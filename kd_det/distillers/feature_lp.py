@@ -1,0 +1,91 @@
+"""
+L1/L2 distance between paired feature maps: the baseline every paper compares with.
+
+    L = sum over pairs of  mean over n, c, h, w of  |S - T|^p
+
+(FitNets, Romero et al., ICLR 2015, on every level of a pyramid.) With `normalize`, each channel of
+both maps is first standardised over the image, which makes the L2 distance that of the Pearson
+correlation (PKD, Cao et al., NeurIPS 2022).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor
+
+from kd_det.distillers.base import (
+    DISTILLER_REGISTRY,
+    AdapterMode,
+    CaptureSpec,
+    Distiller,
+    Step,
+)
+from kd_det.functional.distance import masked_standardize, mean_distance
+
+
+@DISTILLER_REGISTRY.register()
+class FeatureLp(Distiller):
+    """Sum over paired levels of the mean L1 or L2 distance."""
+
+    config_key = "FEATURE_LP"
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        p: int = 2,
+        normalize: bool = False,
+        mask_padding: bool = False,
+        student_capture: str = "backbone",
+        teacher_capture: str = "backbone",
+        adapter: AdapterMode = "auto",
+    ) -> None:
+        """
+        Args:
+            p: exponent of the distance, 1 or 2.
+            normalize: standardise each channel over the image first.
+            mask_padding: average over the cells on the image only.
+            student_capture, teacher_capture: module paths whose outputs are the pyramids.
+            adapter: when the student's maps pass a 1x1 convolution.
+
+        Raises:
+            ValueError: p is neither 1 nor 2.
+        """
+        super().__init__()
+        if p not in (1, 2):
+            raise ValueError(f"KD.FEATURE_LP.P is {p}, expected 1 or 2.")
+        self.p = p
+        self.normalize = normalize
+        self.mask_padding = mask_padding
+        self.spec = CaptureSpec("features", student_capture, teacher_capture)
+        self.adapter = adapter
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Translate KD.FEATURE_LP."""
+        node = cfg.KD.FEATURE_LP
+        return {
+            "p": node.P,
+            "normalize": node.NORMALIZE,
+            "mask_padding": node.MASK_PADDING,
+            "student_capture": node.STUDENT_CAPTURE,
+            "teacher_capture": node.TEACHER_CAPTURE,
+            "adapter": node.ADAPTER,
+        }
+
+    def captures(self) -> Sequence[CaptureSpec]:
+        """Return the one pyramid that is compared."""
+        return [self.spec]
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the single loss."""
+        losses = []
+        for pair in step.pairs[self.spec.name]:
+            mask = pair.valid() if self.mask_padding else None
+            student, teacher = pair.student, pair.teacher
+            if self.normalize:
+                student, teacher = (masked_standardize(x, mask=mask) for x in (student, teacher))
+            losses.append(mean_distance(student, teacher, p=self.p, mask=mask))
+        return {"": torch.stack(losses).sum()}

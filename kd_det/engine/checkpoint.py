@@ -1,0 +1,202 @@
+"""
+Checkpoints of which the part called `model` is exactly the student's Detectron2 state dict.
+
+Everything else sits beside it: `trainer` (optimizer, schedule, iteration, random state) and `kd`
+(adapters, the teacher's identity, the loss normaliser).
+"""
+
+import logging
+import os
+import re
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from kd_det.compat import safe_numpy_load
+from kd_det.distillation.detector import DistillationDetector
+
+_logger = logging.getLogger(__name__)
+_NORMALIZER = "loss_normalizer"
+
+
+class KDState:
+    """
+    What a run needs to go on, beside the student's tensors and the trainer's state.
+
+    Args:
+        model: a `DistillationDetector` or any plain model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return adapters' and distillers' tensors, the teacher's identity, the loss normalisers."""
+        out: dict[str, Any] = {
+            # A plain attribute of Detectron2's dense detectors, absent from their state dict.
+            _NORMALIZER: {
+                name: float(getattr(module, _NORMALIZER))
+                for name, module in student_of(self._model).named_modules()
+                if hasattr(module, _NORMALIZER)
+            }
+        }
+        if isinstance(self._model, DistillationDetector):
+            out["adapters"] = self._model.adapters.state_dict()
+            out["distillers"] = self._model.distillers.state_dict()
+            teacher = self._model.teacher
+            if teacher is not None and teacher.identity is not None:
+                out["teacher"] = asdict(teacher.identity)
+        return out
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: the checkpoint was made with another teacher.
+        """
+        modules = dict(student_of(self._model).named_modules())
+        for name, value in state[_NORMALIZER].items():
+            setattr(modules[name], _NORMALIZER, value)
+        if not isinstance(self._model, DistillationDetector):
+            return
+        self._model.adapters.load_state_dict(state["adapters"])
+        self._model.distillers.load_state_dict(state["distillers"])
+        teacher = self._model.teacher
+        was, now = state.get("teacher"), teacher.identity if teacher is not None else None
+        if was and now and was["sha256"] != now.sha256:
+            raise ValueError(
+                f"The run to resume was taught by {was['weights']} (sha256 {was['sha256'][:12]}), this "
+                f"config names {now.weights} ({now.sha256[:12]}). Resume with the same teacher, or start "
+                "afresh with MODEL.WEIGHTS set to the checkpoint."
+            )
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """Return the model that ships: the student of a wrapper, or the plain model itself."""
+    return model.student if isinstance(model, DistillationDetector) else model
+
+
+class KDCheckpointer(DetectionCheckpointer):
+    """
+    Detectron2's checkpointer for the student, with whole files only.
+
+    A file appears under its name when it is complete. A damaged last checkpoint is passed over, with
+    a warning, for the newest good one.
+    """
+
+    incompatible: Any = None
+
+    def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any) -> None:
+        super().__init__(student_of(model), save_dir, kd=KDState(model), **checkpointables)
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write `<name>.pth` under a temporary name first, then rename it."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict(), **kwargs}
+        data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        torch.save(data, path + ".part")
+        os.replace(path + ".part", path)
+        _logger.info("Saved checkpoint %s", path)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def _load_file(self, filename: str) -> Any:
+        with safe_numpy_load():
+            return super()._load_file(filename)
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+    def load_student(self, path: str, *, strict: bool) -> None:
+        """
+        Load the student's weights alone.
+
+        Args:
+            path: any checkpoint of kd_det or Detectron2.
+            strict: every tensor of the student must be in the file with its shape.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: strict and something is missing, or nothing at all matched.
+        """
+        if "://" not in path and not os.path.isfile(path):
+            raise FileNotFoundError(f"MODEL.WEIGHTS: {path} does not exist.")
+        self.load(path, checkpointables=[])
+        missing = list(self.incompatible.missing_keys)
+        missing += [key for key, *_ in self.incompatible.incorrect_shapes if key not in missing]
+        total = len(self.model.state_dict())
+        if (strict and missing) or len(missing) >= total:
+            raise ValueError(
+                f"MODEL.WEIGHTS: {path} holds {total - len(missing)} of the student's {total} tensors; "
+                f"missing or of another shape: {', '.join(missing[:12])}"
+                f"{' ...' if len(missing) > 12 else ''}. Give a checkpoint of this architecture."
+            )
+
+    def resume(self) -> bool:
+        """
+        Load the last complete checkpoint of the output folder, with everything beside the model.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            RuntimeError: there are checkpoints, and none is readable.
+        """
+        candidates = self._newest_first()
+        for path in candidates:
+            try:
+                checkpoint = self._load_file(path)
+            except Exception as error:  # whatever a damaged file raises
+                _logger.warning(
+                    "Checkpoint %s is damaged (%s: %s); trying the one before it.",
+                    path,
+                    type(error).__name__,
+                    str(error).split("\n")[0],
+                )
+                continue
+            self._restore(path, checkpoint)
+            return True
+        if candidates:
+            raise RuntimeError(
+                f"None of the checkpoints to resume from is readable: {', '.join(candidates)}. Remove "
+                "them and start afresh without --resume."
+            )
+        return False
+
+    def _restore(self, path: str, checkpoint: dict[str, Any]) -> None:
+        absent = [key for key in self.checkpointables if key not in checkpoint]
+        if absent:
+            raise ValueError(
+                f"{path} has no {', '.join(absent)}, so it is no checkpoint of a kd_det run to resume; "
+                "start from it with MODEL.WEIGHTS instead."
+            )
+        self._load_model(checkpoint)
+        wrong = [
+            *self.incompatible.missing_keys,
+            *(k for k, *_ in self.incompatible.incorrect_shapes),
+        ]
+        if wrong:
+            raise ValueError(
+                f"{path} does not fit the student ({', '.join(wrong[:8])}); the config changed since."
+            )
+        for key, value in self.checkpointables.items():
+            value.load_state_dict(checkpoint[key])
+        _logger.info("Resumed from %s", path)
+
+    def _newest_first(self) -> list[str]:
+        """Return the run's checkpoints, the one tagged as last first, then by iteration."""
+        if not os.path.isdir(self.save_dir):
+            return []
+        files = [f for f in os.listdir(self.save_dir) if re.fullmatch(r"model_(\d+|final)\.pth", f)]
+        files.sort(key=lambda f: (f == "model_final.pth", f), reverse=True)
+        last = os.path.basename(self.get_checkpoint_file())
+        if last in files:
+            files.remove(last)
+            files.insert(0, last)
+        return [os.path.join(self.save_dir, f) for f in files]

@@ -1,0 +1,82 @@
+"""
+Starting one or many processes: Detectron2's launcher on GPUs, or torchrun on GPUs or CPUs.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def launch(
+    main: Callable[[Any], Any],
+    args: Any,
+    *,
+    num_gpus: int,
+    num_machines: int,
+    machine_rank: int,
+    dist_url: str,
+) -> Any:
+    """
+    Run `main(args)` in every process of the job.
+
+    Under torchrun the processes exist already and the command-line numbers are not used. Otherwise
+    Detectron2's launcher starts one process per GPU.
+
+    Raises:
+        RuntimeError: more GPUs are asked for than there are.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return _join_torchrun(main, args)
+    if num_gpus * num_machines == 1:
+        return main(args)
+    found = torch.cuda.device_count()
+    if num_gpus > found:
+        raise RuntimeError(
+            f"--num-gpus {num_gpus}, but this machine has {found}. For several CPU processes use "
+            "`torchrun --nproc-per-node N train_net.py ...`."
+        )
+    return detectron2_launch(
+        main, num_gpus, num_machines, machine_rank, dist_url=dist_url, args=(args,)
+    )
+
+
+def _join_torchrun(main: Callable[[Any], Any], args: Any) -> Any:
+    use_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if use_gpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if use_gpu else "gloo")
+    _create_local_group(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    try:
+        comm.synchronize()
+        return main(args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _create_local_group(local_size: int) -> None:
+    """Tell Detectron2's `comm` which processes share this machine."""
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(local_size)
+        return
+    for machine in range(dist.get_world_size() // local_size):
+        ranks = list(range(machine * local_size, (machine + 1) * local_size))
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """Wrap a model in DDP if there is more than one process; on a GPU, on this process's own."""
+    if comm.get_world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    devices = [comm.get_local_rank()] if on_gpu else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

@@ -1,0 +1,199 @@
+"""Detectron2's default trainer for plain detectors and for `DistillationDetector`."""
+
+import itertools
+import logging
+import os
+import random
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data.samplers import TrainingSampler
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.hooks import EvalHook
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver import build_optimizer, get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+
+from kd_det.data import CheckedDatasetMapper
+from kd_det.distillation import DistillationDetector
+from kd_det.engine.checkpoint import KDCheckpointer
+from kd_det.engine.launch import distribute
+from kd_det.engine.loop import TrainingLoop
+from kd_det.engine.progress import ProgressFile, RunResult
+from kd_det.evaluation import build_evaluator
+
+_logger = logging.getLogger(__name__)
+
+
+class ResumableSampler(TrainingSampler):
+    """Detectron2's training sampler, which can start in the middle of its endless stream."""
+
+    #: Samples of this process to skip.
+    skip = 0
+
+    def __iter__(self) -> Iterator[int]:
+        yield from itertools.islice(super().__iter__(), self.skip, None)
+
+
+class DistillationTrainer(DefaultTrainer):
+    """
+    Trains what a config names, with kd_det's checkpoints, data checks and launchers.
+
+    With one process, SEED >= 0, DATALOADER.NUM_WORKERS 0 and ASPECT_RATIO_GROUPING False, a resumed
+    run equals the uninterrupted one.
+
+    Args:
+        cfg: full config, from `load_config`.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # Detectron2's own __init__ asserts CUDA for mixed precision and for several processes.
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self._sampler: ResumableSampler | None = None
+        loader = self._build_train_loader(cfg)
+        self._trainer = TrainingLoop(
+            distribute(model), loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """
+        Build the optimizer that SOLVER.OPTIMIZER names.
+
+        Raises:
+            ValueError: the name is neither "SGD" nor "AdamW".
+        """
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return build_optimizer(cfg, model)
+        if cfg.SOLVER.OPTIMIZER != "AdamW":
+            raise ValueError(
+                f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, expected 'SGD' or 'AdamW'."
+            )
+        parameters = get_default_optimizer_params(
+            model, base_lr=cfg.SOLVER.BASE_LR, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM
+        )
+        adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return adamw(parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+
+    def _build_train_loader(self, cfg: CfgNode) -> Any:
+        dataset = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+            if cfg.MODEL.KEYPOINT_ON
+            else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+        if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+            self._sampler = ResumableSampler(len(dataset))
+        return build_detection_train_loader(
+            cfg, mapper=CheckedDatasetMapper(cfg, True), dataset=dataset, sampler=self._sampler
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """Build the evaluator of a dataset; its files go to OUTPUT_DIR/inference."""
+        return build_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+    def build_hooks(self) -> list[HookBase]:
+        """Add the progress and result files to Detectron2's hooks."""
+        hooks: list[HookBase] = super().build_hooks()
+        if comm.is_main_process():
+            evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+            hooks.insert(evaluation, ProgressFile(self.cfg.OUTPUT_DIR))
+            hooks.append(RunResult(self.cfg.OUTPUT_DIR, self.cfg.SEED))
+        return hooks
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        Continue the run in OUTPUT_DIR, or start afresh.
+
+        A fresh start loads MODEL.WEIGHTS into the student and then inherits from the teacher; a
+        resumed run does neither.
+
+        Args:
+            resume: continue from the last checkpoint, if there is one.
+        """
+        if resume and self.checkpointer.resume():
+            self.start_iter = self.iter + 1
+            self._skip_seen_data()
+            return
+        if self.cfg.MODEL.WEIGHTS:
+            self.checkpointer.load_student(self.cfg.MODEL.WEIGHTS, strict=False)
+        model = self._plain_model()
+        if isinstance(model, DistillationDetector):
+            model.inherit_from_teacher()
+
+    def _plain_model(self) -> nn.Module:
+        model: nn.Module = self._trainer.model
+        return getattr(model, "module", model)
+
+    def _skip_seen_data(self) -> None:
+        if self._sampler is None:
+            _logger.warning(
+                "DATALOADER.SAMPLER_TRAIN %s starts over on resume; the run sees the data in another "
+                "order than an uninterrupted one.",
+                self.cfg.DATALOADER.SAMPLER_TRAIN,
+            )
+            return
+        per_process = self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+        self._sampler.skip = self.start_iter * per_process
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return iteration, hooks, optimizer, loss scale and random state."""
+        return {
+            **super().state_dict(),
+            "_trainer": self._trainer.state_dict(),
+            "random": _random_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+        if comm.is_main_process():
+            _set_random_state(state_dict["random"])
+        elif self.cfg.SEED >= 0:
+            # The file holds the first process's state; the others go on with streams of their own.
+            seed_all_rng(self.cfg.SEED + comm.get_rank() + self.iter * comm.get_world_size())
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the generators' states as tensors and numbers, which the safe unpickler reads."""
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "python": random.getstate(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(
+        ("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, float(cached))
+    )
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

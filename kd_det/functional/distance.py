@@ -1,0 +1,53 @@
+"""Point-wise distances between feature maps."""
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x in float32, or unchanged if it is float64 already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def mean_distance(
+    student: Tensor, teacher: Tensor, *, p: int = 2, mask: Tensor | None = None
+) -> Tensor:
+    """
+    Mean of |student - teacher|^p, in float32 whatever autocast says.
+
+    Args:
+        student, teacher: (N, C, H, W).
+        p: 1 or 2.
+        mask: (N, 1, H, W) in {0, 1}; the mean is over the cells where it is 1, of the whole batch.
+
+    Returns:
+        Scalar >= 0; 0 (attached to the graph) where the mask is empty.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        difference = at_least_float32(student) - at_least_float32(teacher)
+        distance = difference.abs() if p == 1 else difference.square()
+        if mask is None:
+            return distance.mean()
+        count = mask.sum().clamp(min=1) * student.shape[1]
+        return (distance * mask).sum() / count
+
+
+def masked_standardize(x: Tensor, *, mask: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """
+    Standardise each channel of each image to mean 0 and variance 1 over its cells.
+
+    Args:
+        x: (N, C, H, W).
+        mask: (N, 1, H, W) in {0, 1}: cells that count for mean and variance.
+        eps: added to the variance; a constant channel becomes 0.
+
+    Returns:
+        (N, C, H, W), float32 at least.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = at_least_float32(x)
+        weight = torch.ones_like(x[:, :1]) if mask is None else mask.to(x.dtype)
+        count = weight.sum((2, 3), keepdim=True).clamp(min=1)
+        centred = x - (x * weight).sum((2, 3), keepdim=True) / count
+        variance = (centred.square() * weight).sum((2, 3), keepdim=True) / count
+        return centred * torch.rsqrt(variance + eps)
