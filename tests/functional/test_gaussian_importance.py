@@ -1,0 +1,286 @@
+"""Hand-computed values: each is e^(-d^2/2) of a mean and covariance that fit on one line of paper."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kd_det.functional.gaussian_importance import (
+    Gate,
+    gaussian_weights,
+    importance_maps,
+    paired_iou,
+    prediction_quality,
+)
+from kd_det.functional.level_grid import Level, count_positions, grid_positions
+from kd_det.functional.prediction_guided import mean_mask
+
+COARSE = (Level(4, 4, 8),)
+COARSE_BOX = [2.0, 2.0, 30.0, 18.0]
+
+
+def weights(points: list[tuple[float, float]], ridge: float = 0.0) -> Tensor:
+    selected = torch.ones(len(points), dtype=torch.bool)
+    return gaussian_weights(torch.tensor(points, dtype=torch.float32), selected, ridge)
+
+
+def predictions(
+    quality: dict[tuple[int, float, float], float], box: list[float], levels: tuple[Level, ...]
+) -> tuple[Tensor, Tensor]:
+    """Logits of one class and boxes with p = IoU = quality at (stride, x, y); 0.01 elsewhere."""
+    points = grid_positions(levels).tolist()
+    strides = [level.stride for level in levels for _ in range(level.height * level.width)]
+    q = [quality.get((stride, x, y), 0.01) for stride, (x, y) in zip(strides, points, strict=True)]
+    q = torch.tensor(q, dtype=torch.float64)
+    boxes = torch.tensor(box, dtype=torch.float64).repeat(len(q), 1)
+    # A box of full height and the fraction q of the width overlaps by exactly q.
+    boxes[:, 2] = boxes[:, 0] + (boxes[:, 2] - boxes[:, 0]) * q
+    return q.logit()[None, :, None], boxes[None]
+
+
+def single_box_maps(
+    quality: dict[tuple[int, float, float], float],
+    box: list[float],
+    levels: tuple[Level, ...],
+    gate: Gate = "before",
+) -> Tensor:
+    logits, boxes = predictions(quality, box, levels)
+    maps = importance_maps(
+        logits,
+        boxes,
+        gt_boxes=torch.tensor([[box]]),
+        gt_classes=torch.zeros(1, 1, dtype=torch.int64),
+        gt_valid=torch.ones(1, 1, dtype=torch.bool),
+        levels=levels,
+        top_k=4,
+        gate=gate,
+        ridge=0.0,
+    )
+    torch.testing.assert_close(maps[0], maps[1])  # p = IoU: the exponent does not matter
+    return maps[0][0]
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(0, 0), (8, 0), (0, 8), (8, 8)], [0.367879] * 4),
+        ([(0, 0), (8, 0), (0, 8), (8, 8), (4, 4)], [0.286505] * 4 + [1.0]),
+        ([(12, 12), (20, 12), (12, 4), (12, 20)], [0.846482, 0.223130, 0.311403, 0.311403]),
+        ([(0, 0), (8, 0), (0, 8), (24, 24)], [0.695144, 0.335911, 0.335911, 0.233506]),
+    ],
+)
+def test_weights_of_spread_points(points, expected):
+    found = weights(points)
+    torch.testing.assert_close(found, torch.tensor(expected).double(), atol=1e-6, rtol=0)
+    assert -2 * found.log().sum() == pytest.approx(2 * len(points))
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(0, 4), (8, 4), (16, 4), (24, 4)],
+        [(4, 4), (68, 68), (132, 132), (196, 196)],  # a float32 fit gives 0.4493 or worse here
+        [(64, 64), (192, 192), (320, 320), (448, 448)],  # and a determinant of 0 here
+    ],
+)
+def test_points_in_a_line_give_the_one_dimensional_gaussian(points):
+    expected = torch.tensor([0.9, 0.1, 0.1, 0.9]).double().neg().exp()
+    torch.testing.assert_close(weights(points, ridge=8.3e-4), expected, atol=1e-5, rtol=0)
+
+
+def test_coincident_points_and_a_single_point_weigh_one():
+    assert weights([(4, 4)] * 4, ridge=8.3e-4).tolist() == [1.0] * 4
+    assert weights([(1300, 700)], ridge=8.3e-4).tolist() == [1.0]
+
+
+def test_unselected_points_take_no_part():
+    points = torch.tensor([[0, 0], [8, 0], [500, 90], [0, 8], [8, 8.0]])
+    selected = torch.tensor([True, True, False, True, True])
+    found = gaussian_weights(points, selected, ridge=0.0)
+    expected = torch.tensor([1, 1, 0, 1, 1]).double() * math.exp(-1)
+    torch.testing.assert_close(found, expected)
+    assert gaussian_weights(points, selected & False).tolist() == [0.0] * 5
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31), st.integers(3, 12))
+def test_weights_are_affine_invariant_and_bounded(seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.rand(count, 2, generator=generator, dtype=torch.float64) * 100
+    transform = torch.tensor([[3.0, 1.0], [-2.0, 4.0]], dtype=torch.float64)
+    selected = torch.ones(count, dtype=torch.bool)
+    found = gaussian_weights(points, selected, ridge=0.0)
+    moved = gaussian_weights(points @ transform + 700, selected, ridge=0.0)
+    torch.testing.assert_close(found, moved, rtol=1e-6, atol=1e-9)
+    assert -2 * found.log().sum() == pytest.approx(2 * count, rel=1e-6)
+    assert -2 * found.log().min() <= count - 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("exponent", "good_class", "good_box"),
+    [
+        (0.0, 0.9, 0.5),
+        (0.5, 0.6, 0.591608),
+        (0.6, 0.553265, 0.611853),
+        (0.8, 0.470432, 0.654444),
+        (1.0, 0.4, 0.7),
+    ],
+)
+def test_exponent_turns_the_order_of_predictions(exponent, good_class, good_box):
+    found = prediction_quality(torch.tensor([0.9, 0.5]), torch.tensor([0.4, 0.7]), exponent)
+    torch.testing.assert_close(found, torch.tensor([good_class, good_box]), atol=1e-6, rtol=0)
+
+
+def test_paired_iou():
+    box = torch.tensor([0.0, 0.0, 10.0, 10.0])
+    others = torch.tensor(
+        [[0, 0, 10, 10], [5, 5, 15, 15], [20, 0, 30, 10], [3, 3, 3, 9], [8, 8, 2, 2]]
+    )
+    expected = torch.tensor([1, 25 / 175, 0, 0, 0])
+    torch.testing.assert_close(paired_iou(box, others.float()), expected)
+    assert paired_iou(others[3].float(), others[3].float()) == 0
+
+
+QUALITY = {
+    (8, 12.0, 12.0): 0.9,
+    (8, 20.0, 12.0): 0.8,
+    (8, 12.0, 4.0): 0.7,
+    (8, 12.0, 20.0): 0.6,  # outside the box
+    (8, 4.0, 12.0): 0.5,
+}
+
+
+def test_gate_before_selects_inside_the_box():
+    found = single_box_maps(QUALITY, COARSE_BOX, COARSE).view(1, 4, 4)
+    expected = torch.zeros(1, 4, 4, dtype=torch.float64)
+    expected[0, 1, 1], expected[0, 1, 2] = 0.846482, 0.311403
+    expected[0, 0, 1], expected[0, 1, 0] = 0.223130, 0.311403
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    normalised = mean_mask(found)
+    values = normalised[0, [1, 1, 0], [1, 2, 1]]
+    expected = torch.tensor([0.211620, 0.077851, 0.055783]).double()
+    torch.testing.assert_close(values, expected, atol=1e-6, rtol=0)
+
+
+def test_gate_after_fits_with_outside_positions():
+    found = single_box_maps(QUALITY, COARSE_BOX, COARSE, gate="after").view(1, 4, 4)
+    expected = torch.zeros(1, 4, 4, dtype=torch.float64)
+    expected[0, 1, 1], expected[0, 1, 2], expected[0, 0, 1] = 0.282161, 0.074377, 0.103801
+    torch.testing.assert_close(mean_mask(found), expected, atol=1e-6, rtol=0)
+
+
+def test_levels_share_one_selection_and_one_fit():
+    levels = (Level(4, 4, 8), Level(2, 2, 16))
+    quality = {
+        (8, 12.0, 12.0): 0.9,
+        (8, 20.0, 12.0): 0.8,
+        (8, 12.0, 20.0): 0.7,
+        (16, 8.0, 8.0): 0.6,
+        (8, 4.0, 4.0): 0.5,
+    }
+    found = single_box_maps(quality, [2.0, 2.0, 30.0, 30.0], levels)
+    expected = torch.zeros(20, dtype=torch.float64)
+    expected[[5, 6, 9, 16]] = torch.tensor([0.955563, 0.244365, 0.244365, 0.320984]).double()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_overlapping_boxes_keep_the_larger_weight():
+    logits = torch.full((1, 16, 2), -9.0)
+    logits[0, [0, 1, 4, 5], 0] = 3.0
+    logits[0, [5, 6, 9, 15], 1] = 3.0
+    gt = torch.tensor([[[0, 0, 24, 24], [8, 8, 32, 32.0]]])
+    whole = torch.tensor([0.0, 0.0, 32.0, 32.0]).expand(1, 16, 4)
+    found = importance_maps(
+        logits, whole, gt, torch.tensor([[0, 1]]), torch.ones(1, 2).bool(), COARSE, top_k=4, ridge=0
+    )[0].view(1, 4, 4)
+    expected = torch.zeros(16)
+    expected[[0, 1, 4, 5]] = torch.tensor([0.052554, 0.052554, 0.052554, 0.086647])
+    expected[[6, 9, 15]] = torch.tensor([0.049714, 0.049714, 0.035622])
+    torch.testing.assert_close(mean_mask(found).flatten(), expected, atol=1e-6, rtol=0)
+    assert found[0, 1, 1] == pytest.approx(0.606531, abs=1e-6)
+
+
+def loop_over_boxes(
+    probability: Tensor,
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_classes: Tensor,
+    gt_valid: Tensor,
+    levels: tuple[Level, ...],
+    exponent: float,
+    top_k: int,
+    gate: Gate,
+) -> Tensor:
+    """The formulas, one box and one position at a time; (N, R * A, K) probabilities."""
+    points = [tuple(point) for point in grid_positions(levels).tolist()]
+    anchors = boxes.shape[1] // len(points)
+    result = torch.zeros(len(boxes), len(points), dtype=torch.float64)
+    for n, m in gt_valid.nonzero().tolist():
+        x0, y0, x1, y1 = gt_boxes[n, m].tolist()
+        candidates = []
+        for r, (x, y) in enumerate(points):
+            inside = min(x - x0, y - y0, x1 - x, y1 - y) > 1e-10
+            best = 0.0
+            for index in range(r * anchors, (r + 1) * anchors):
+                u0, v0, u1, v1 = boxes[n, index].tolist()
+                width, height = min(x1, u1) - max(x0, u0), min(y1, v1) - max(y0, v0)
+                common = max(width, 0) * max(height, 0)
+                iou = common / ((x1 - x0) * (y1 - y0) + (u1 - u0) * (v1 - v0) - common)
+                p = probability[n, index, gt_classes[n, m]].item()
+                best = max(best, p ** (1 - exponent) * iou**exponent)
+            if best > 0 and (inside or gate == "after"):
+                candidates.append((best, r, inside))
+        chosen = sorted(candidates, reverse=True)[:top_k]
+        if not chosen:
+            continue
+        xy = torch.tensor([points[r] for _, r, _ in chosen], dtype=torch.float64)
+        centred = xy - xy.mean(0)
+        sigma = centred.T @ centred / len(chosen) + 8.3e-4 * torch.eye(2, dtype=torch.float64)
+        for (_, r, inside), d in zip(chosen, centred, strict=True):
+            value = math.exp(-0.5 * float(d @ torch.linalg.solve(sigma, d)))
+            result[n, r] = max(result[n, r].item(), value if inside else 0.0)
+    return result
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    seed=st.integers(0, 2**31),
+    boxes_per_image=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    top_k=st.sampled_from([1, 4, 9, 200]),
+    gate=st.sampled_from(["before", "after"]),
+    anchors=st.sampled_from([1, 2]),
+    max_pairs=st.sampled_from([1, 60, 1 << 20]),
+)
+def test_parity_with_a_loop_over_boxes(seed, boxes_per_image, top_k, gate, anchors, max_pairs):
+    generator = torch.Generator().manual_seed(seed)
+    levels = (Level(6, 8, 8), Level(3, 4, 16), Level(2, 2, 32))
+    count, images, slots = count_positions(levels), len(boxes_per_image), max(boxes_per_image)
+
+    def random_boxes(*shape: int) -> Tensor:
+        corner = torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * 50 - 5
+        size = torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * 40 + 1
+        return torch.cat([corner, corner + size], dim=-1)
+
+    logits = torch.randn(images, count * anchors, 3, generator=generator, dtype=torch.float64)
+    boxes, gt_boxes = random_boxes(images, count * anchors), random_boxes(images, slots)
+    gt_classes = torch.randint(0, 3, (images, slots), generator=generator)
+    gt_valid = torch.arange(slots) < torch.tensor(boxes_per_image)[:, None]
+    maps = importance_maps(
+        logits,
+        boxes,
+        gt_boxes,
+        gt_classes,
+        gt_valid,
+        levels,
+        top_k=top_k,
+        gate=gate,
+        max_pairs=max_pairs,
+    )
+    for found, exponent in zip(maps, (0.8, 0.6), strict=True):
+        expected = loop_over_boxes(
+            logits.sigmoid(), boxes, gt_boxes, gt_classes, gt_valid, levels, exponent, top_k, gate
+        )
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
