@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kd_det.functional.box_overlap import aligned_iou
 from kd_det.functional.level_grid import (
     INSIDE_MARGIN,
     Level,
@@ -56,27 +57,6 @@ def prediction_quality(probability: Tensor, iou: Tensor, exponent: float) -> Ten
         probability^(1 - xi) * iou^xi.
     """
     return probability.pow(1 - exponent) * iou.pow(exponent)
-
-
-def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """
-    Compute the intersection over union of boxes one by one.
-
-    Args:
-        boxes, others: corners x0, y0, x1, y1 in pixels, (..., 4), broadcast against each other.
-
-    Returns:
-        (...) in [0, 1]; 0 where a box is empty.
-    """
-    # Four separate sides: slices of two, (..., 2), are too short to vectorise.
-    x0, y0, x1, y1 = boxes.unbind(-1)
-    u0, v0, u1, v1 = others.unbind(-1)
-    width = (torch.minimum(x1, u1) - torch.maximum(x0, u0)).clamp(min=0)
-    height = (torch.minimum(y1, v1) - torch.maximum(y0, v0)).clamp(min=0)
-    intersection = width * height
-    area = (x1 - x0).clamp(min=0) * (y1 - y0).clamp(min=0)
-    other_area = (u1 - u0).clamp(min=0) * (v1 - v0).clamp(min=0)
-    return intersection / (area + other_area - intersection).clamp(min=1e-6)
 
 
 def gaussian_weights(points: Tensor, selected: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -177,7 +157,7 @@ def importance_maps(
         probability = logits[position, :, classes[owner]].to(dtype).sigmoid()
         if position_valid is not None:
             probability = probability * position_valid.flatten()[position, None]
-        iou = paired_iou(boxes[position].to(dtype), objects[owner, None])
+        iou = aligned_iou(boxes[position].to(dtype), objects[owner, None])
         for importance, exponent in zip(maps, exponents, strict=True):
             quality = prediction_quality(probability, iou, exponent).amax(1)
             pair, selected = _best_of_each(quality, owner, counts, top_k)

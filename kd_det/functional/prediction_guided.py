@@ -164,8 +164,8 @@ def _check(student: Tensor, teacher: Tensor, *masks: Tensor) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
             f"Student features have shape {tuple(student.shape)}, the teacher's "
-            f"{tuple(teacher.shape)}. PGD compares towers of equal width on equal grids: choose such "
-            "models, or put an adapter between them."
+            f"{tuple(teacher.shape)}. PGD compares towers of equal width on equal grids: choose "
+            "such models, or put an adapter between them."
         )
     grid = student.shape[:1] + student.shape[2:]
     for mask in masks:

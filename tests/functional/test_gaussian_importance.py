@@ -1,4 +1,4 @@
-"""Hand-computed values: each is e^(-d^2/2) of a mean and covariance that fit on one line of paper."""
+"""Hand-computed weights e^(-d^2/2), and the whole method against a loop over boxes."""
 
 import math
 
@@ -12,7 +12,6 @@ from kd_det.functional.gaussian_importance import (
     Gate,
     gaussian_weights,
     importance_maps,
-    paired_iou,
     prediction_quality,
 )
 from kd_det.functional.level_grid import Level, count_positions, grid_positions
@@ -132,16 +131,6 @@ def test_weights_are_affine_invariant_and_bounded(seed, count):
 def test_exponent_turns_the_order_of_predictions(exponent, good_class, good_box):
     found = prediction_quality(torch.tensor([0.9, 0.5]), torch.tensor([0.4, 0.7]), exponent)
     torch.testing.assert_close(found, torch.tensor([good_class, good_box]), atol=1e-6, rtol=0)
-
-
-def test_paired_iou():
-    box = torch.tensor([0.0, 0.0, 10.0, 10.0])
-    others = torch.tensor(
-        [[0, 0, 10, 10], [5, 5, 15, 15], [20, 0, 30, 10], [3, 3, 3, 9], [8, 8, 2, 2]]
-    )
-    expected = torch.tensor([1, 25 / 175, 0, 0, 0])
-    torch.testing.assert_close(paired_iou(box, others.float()), expected)
-    assert paired_iou(others[3].float(), others[3].float()) == 0
 
 
 QUALITY = {
