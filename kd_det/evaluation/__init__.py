@@ -1,0 +1,1 @@
+"""Metrics: COCO, CrowdHuman, and the paired bootstrap of AP differences."""
