@@ -24,6 +24,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD = CN()
     _add_roles(cfg.KD)
     _add_feature_lp(cfg.KD)
+    _add_ssim(cfg.KD)
+    _add_pgd(cfg.KD)
+    _add_aligned_pyramid(cfg.KD)
 
 
 def _add_detectors(cfg: CfgNode) -> None:
@@ -260,6 +263,72 @@ def _add_feature_lp(kd: CfgNode) -> None:
     kd.FEATURE_LP.P = 2
     # Standardise each channel of both maps over the image first (PKD, NeurIPS 2022).
     kd.FEATURE_LP.NORMALIZE = False
+
+
+def _add_ssim(kd: CfgNode) -> None:
+    """SSIM-KD (de Rijk et al., NeurIPS 2022). WEIGHT is the paper's lambda, 2 or 4."""
+    kd.SSIM = _feature_keys(weight=4.0)
+    # Odd number of cells per side of the window; "gaussian" of SIGMA cells, or "box".
+    kd.SSIM.WINDOW_SIZE = 11
+    kd.SSIM.SIGMA = 1.5
+    kd.SSIM.WINDOW = "gaussian"
+    # At the border: "reflect" (the reference code's), "renorm" (rescale what lies inside), or "valid".
+    kd.SSIM.BORDER = "reflect"
+    # What shares one min-max range: each "channel" of each image, each "image", the whole "level", or
+    # "none". The paper does not say; "channel" is what its reference library offers.
+    kd.SSIM.NORMALIZE = "channel"
+    # Exponents, each 0 or 1, of the luminance, contrast and structure terms (the paper's ablation).
+    kd.SSIM.EXPONENTS = [1, 1, 1]
+
+
+def _add_pgd(kd: CfgNode) -> None:
+    """PGD (Yang et al., ECCV 2022). Values are those of FCOS R101 -> R50 where detectors differ."""
+    kd.PGD = _weighted(1.0)
+    # "towers": the head's towers, as published; "neck": the pyramid itself, for students whose head
+    # has no towers (R-CNN students of a dense teacher; not in the paper), classification part alone.
+    kd.PGD.FEATURES = "towers"
+    # Module paths of the towers in both models; an empty REG_TOWER (coupled heads) leaves the
+    # classification part alone.
+    kd.PGD.CLS_TOWER = "head.cls_subnet"
+    kd.PGD.REG_TOWER = "head.bbox_subnet"
+    # Block of the towers whose activation is compared; 0 is the first.
+    kd.PGD.TOWER_BLOCK = 0
+    # Adapter where the towers' widths differ ("auto"); the paper has none.
+    kd.PGD.ADAPTER = "auto"
+    # Weights of classification foreground, background, regression, attention. The release weights a
+    # batch's images by each other's masks: with right masks ALPHA may need to be 2 to 4 times larger.
+    kd.PGD.ALPHA = 0.04
+    kd.PGD.BETA = 0.02
+    kd.PGD.GAMMA = 0.064
+    kd.PGD.DELTA = 0.0008
+    # Factors of ALPHA and BETA per level, from fine to coarse.
+    kd.PGD.LEVEL_WEIGHTS = [1.0, 1.25, 1.5, 1.75, 2.0]
+    # Temperature of both attentions (AutoAssign: 0.4).
+    kd.PGD.TAU = 0.8
+    # Positions selected for each box (ATSS: 9).
+    kd.PGD.TOP_K = 30
+    # Exponent of the IoU in the quality score, for the two masks; 1 - it is the class score's.
+    kd.PGD.XI_CLS = 0.8
+    kd.PGD.XI_REG = 0.6
+    # The box gates positions "before" the top-k (paper) or "after" the fit (release).
+    kd.PGD.GATE = "before"
+    # Padding takes part in nothing (the release's anchor-based heads); False counts it as background.
+    kd.PGD.MASK_PADDING = True
+    # Regions annotated as crowd or ignored are no background (the release counts them as such).
+    kd.PGD.MASK_IGNORED = False
+    # Masks of each "image", or summed over the "batch" (the release, whose results may rest on it).
+    kd.PGD.MASK_SCOPE = "image"
+
+
+def _add_aligned_pyramid(kd: CfgNode) -> None:
+    """MSAD's student (Qi et al., CVPR 2021). WEIGHT is alpha * T^2 / T, alpha 0.2, T 3."""
+    kd.ALIGNED_PYRAMID = _feature_keys(weight=0.6)
+    kd.ALIGNED_PYRAMID.SCHEDULE.WARMUP_ITERS = 500
+    # "fusion": the aligned teacher's fused pyramid; "detector.backbone@0" / "@1": its pyramid of the
+    # full / reduced view; "backbone": an ordinary teacher's.
+    kd.ALIGNED_PYRAMID.TEACHER_CAPTURE = "fusion"
+    # "l1" (paper), "l2", "smooth_l1", "cosine" or "ssim".
+    kd.ALIGNED_PYRAMID.LOSS = "l1"
 
 
 def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:

@@ -35,18 +35,20 @@ class CapturePath:
     call: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "CapturePath":
+    def parse(cls, text: str, model: nn.Module) -> "CapturePath":
         """
-        Read "path" or "path@2".
+        Read "path", "path@2" (its third call) or "path#0" (the first ReLU inside it).
 
         Raises:
-            ValueError: what follows "@" is no number.
+            ValueError: what follows "@" or "#" is no number, or there are not so many ReLUs.
         """
-        module, at, call = text.partition("@")
-        if at and not call.isdigit():
-            raise ValueError(
-                f"Capture {text!r}: expected a call number after '@', e.g. {module}@0."
-            )
+        path, at, call = text.partition("@")
+        module, mark, block = path.partition("#")
+        for sign, number in ((at, call), (mark, block)):
+            if sign and not number.isdigit():
+                raise ValueError(f"Capture {text!r}: expected a number after {sign!r}.")
+        if mark:
+            module = _activation(model, module, int(block))
         return cls(module, int(call) if at else None)
 
 
@@ -156,6 +158,26 @@ class FeatureCapture:
                 )
             last = max(last, fired[-1 if path.call is None else path.call] + 1)
         return last
+
+
+def _activation(model: nn.Module, parent: str, index: int) -> str:
+    """Return the path of the index-th ReLU inside a module: the end of a convolution block."""
+    modules = dict(model.named_modules())
+    if parent not in modules:
+        raise ValueError(
+            f"{type(model).__name__} has no module '{parent}'; {nearest(parent, filter(None, modules))}."
+        )
+    found = [
+        f"{parent}.{name}".lstrip(".")
+        for name, module in modules[parent].named_modules()
+        if isinstance(module, nn.ReLU)
+    ]
+    if index >= len(found):
+        raise ValueError(
+            f"Capture '{parent}#{index}': the module has {len(found)} ReLU activations; the index "
+            "counts from 0."
+        )
+    return found[index]
 
 
 def _hook(name: str, captures: Captures, stop_after: int | None) -> Any:

@@ -16,7 +16,6 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from kd_det.config import nearest, student_cfg
-from kd_det.distillation.capture import FeatureCapture
 from kd_det.distillation.gradient_share import GradientShare
 from kd_det.distillation.inherit import inherit
 from kd_det.distillation.schedule import Schedule
@@ -174,10 +173,7 @@ class DistillationDetector(nn.Module):
         with wiring.student_capture.record() as student_captures:
             detection: LossDict = self.student(inputs)
         teacher_captures = teacher(batched_inputs, wiring.teacher_capture, wiring.stop_after)
-        targets = targets_of(batched_inputs, self.device)
-        sizes = [
-            (int(item["image"].shape[-2]), int(item["image"].shape[-1])) for item in batched_inputs
-        ]
+        targets = targets_of(batched_inputs)
 
         losses = dict(detection)
         features: dict[str, list[Tensor]] = {}
@@ -187,9 +183,9 @@ class DistillationDetector(nn.Module):
             if not weights[key]:
                 losses.update(self._idle([key]))
                 continue
-            seen = wiring.gather(key, student_captures, teacher_captures, sizes)
+            seen = wiring.gather(key, student_captures, teacher_captures, targets.image_sizes)
             step = Step(
-                pairs=seen.pairs(self.adapters, targets.image_sizes),
+                pairs=seen.pairs(self.adapters),
                 student=seen.student,
                 teacher=seen.teacher,
                 targets=targets,
@@ -230,12 +226,12 @@ def unchanged_rng() -> contextlib.AbstractContextManager[None]:
     return torch.random.fork_rng(devices=[])
 
 
-def targets_of(batched_inputs: list[dict[str, Any]], device: torch.device) -> Targets:
-    """Collect the ground truth of a batch in the loaded image's frame, on a device."""
+def targets_of(batched_inputs: list[dict[str, Any]]) -> Targets:
+    """Collect the ground truth of a batch in the loaded image's frame, on the CPU."""
     instances = [item["instances"] for item in batched_inputs]
-    sizes = [item["image"].shape[-2:] for item in batched_inputs]
     return Targets(
-        boxes=[x.gt_boxes.tensor.to(device, non_blocking=True) for x in instances],
-        classes=[x.gt_classes.to(device, non_blocking=True) for x in instances],
-        image_sizes=torch.tensor(sizes, dtype=torch.float32).to(device, non_blocking=True),
+        boxes=[x.gt_boxes.tensor.cpu() for x in instances],
+        classes=[x.gt_classes.cpu() for x in instances],
+        image_sizes=[(item["image"].shape[-2], item["image"].shape[-1]) for item in batched_inputs],
+        ignored=[item.get("ignored_boxes", torch.zeros(0, 4)).cpu() for item in batched_inputs],
     )

@@ -70,17 +70,17 @@ class Seen:
     key: str
     image_sizes: Sequence[tuple[int, int]]
 
-    def pairs(self, adapters: nn.ModuleDict, image_sizes: Tensor) -> dict[str, list[Pair]]:
+    def pairs(self, adapters: nn.ModuleDict) -> dict[str, list[Pair]]:
         """Return the pairs of every pyramid capture, adapters applied, on one grid."""
+        sizes = torch.tensor(self.image_sizes, dtype=torch.float32)
         out: dict[str, list[Pair]] = {}
         for name, levels in self.levels.items():
             modules = adapters[adapter_name(self.key, name)]
             out[name] = []
             for (pair, student, teacher), adapter in zip(levels, modules, strict=True):
                 student, teacher = on_one_grid(student, teacher, pair, self.image_sizes)
-                out[name].append(
-                    Pair(pair.name, pair.stride, adapter(student), teacher, image_sizes)
-                )
+                sizes = sizes.to(student.device, non_blocking=True)
+                out[name].append(Pair(pair.name, pair.stride, adapter(student), teacher, sizes))
         return out
 
 
@@ -153,7 +153,10 @@ def wire(
         ValueError: a path names no module, a capture is no pyramid, or nothing pairs.
         RuntimeError: a module that is to be captured does not run.
     """
-    wanted = {key: [_resolve(spec) for spec in d.captures()] for key, d in distillers.items()}
+    wanted = {
+        key: [_resolve(spec, student, teacher.model) for spec in d.captures()]
+        for key, d in distillers.items()
+    }
     everything = [item for items in wanted.values() for item in items]
     student_capture = FeatureCapture(student, [w.student for w in everything if w.student])
     teacher_capture = FeatureCapture(teacher.model, [w.teacher for w in everything if w.teacher])
@@ -187,11 +190,11 @@ def wire(
     )
 
 
-def _resolve(spec: CaptureSpec) -> _Wanted:
+def _resolve(spec: CaptureSpec, student: nn.Module, teacher: nn.Module) -> _Wanted:
     return _Wanted(
         spec,
-        None if spec.student is None else CapturePath.parse(spec.student),
-        None if spec.teacher is None else CapturePath.parse(spec.teacher),
+        None if spec.student is None else CapturePath.parse(spec.student, student),
+        None if spec.teacher is None else CapturePath.parse(spec.teacher, teacher),
     )
 
 

@@ -1,5 +1,6 @@
 """Distillers: one published technique per module. Importing the package registers them all."""
 
+from kd_det.distillers.aligned_pyramid import AlignedPyramid
 from kd_det.distillers.base import (
     DISTILLER_REGISTRY,
     CaptureSpec,
@@ -11,9 +12,14 @@ from kd_det.distillers.base import (
     loss_key,
 )
 from kd_det.distillers.feature_lp import FeatureLp
+from kd_det.distillers.prediction_guided import PGD
+from kd_det.distillers.ssim import SSIM
 
 __all__ = [
     "DISTILLER_REGISTRY",
+    "PGD",
+    "SSIM",
+    "AlignedPyramid",
     "CaptureSpec",
     "Distiller",
     "FeatureLp",

@@ -81,17 +81,22 @@ class Pair:
 @dataclass
 class Targets:
     """
-    Ground truth of the batch in the loaded image's frame.
+    Ground truth of the batch in the loaded image's frame, as loaded: on the CPU.
+
+    It stays there because its geometry decides the sizes of what is computed from it; read from a
+    device, every such decision would wait for it.
 
     Attributes:
         boxes: per image (M, 4) absolute x0 y0 x1 y1 in pixels.
         classes: per image (M,) int64 in [0, K).
-        image_sizes: (N, 2) float, height and width without padding.
+        image_sizes: per image (height, width) without padding.
+        ignored: per image (I, 4), regions whose objects are not annotated one by one.
     """
 
     boxes: list[Tensor]
     classes: list[Tensor]
-    image_sizes: Tensor
+    image_sizes: list[tuple[int, int]]
+    ignored: list[Tensor]
 
 
 @dataclass

@@ -25,11 +25,23 @@ def mean_distance(
     """
     with torch.autocast(student.device.type, enabled=False):
         difference = at_least_float32(student) - at_least_float32(teacher)
-        distance = difference.abs() if p == 1 else difference.square()
-        if mask is None:
-            return distance.mean()
-        count = mask.sum().clamp(min=1) * student.shape[1]
-        return (distance * mask).sum() / count
+        return masked_mean(difference.abs() if p == 1 else difference.square(), mask)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """
+    Mean over the cells that count.
+
+    Args:
+        values: (N, C, H, W).
+        mask: (N, 1, H, W) in {0, 1}; None counts all cells.
+
+    Returns:
+        Scalar; 0 (attached to the graph) where the mask is empty.
+    """
+    if mask is None:
+        return values.mean()
+    return (values * mask).sum() / (mask.sum().clamp(min=1) * values.shape[1])
 
 
 def masked_standardize(x: Tensor, *, mask: Tensor | None = None, eps: float = 1e-6) -> Tensor:

@@ -1,0 +1,109 @@
+"""
+SSIM-KD: structural similarity between paired feature maps.
+
+Paper: de Rijk, Schneider, Cordts, Gavrila, "Structural Knowledge Distillation for Object Detection",
+NeurIPS 2022 (arXiv 2211.13133).
+
+    L = sum over neck levels of  mean over n, c, h, w of  (1 - l^a c^b s^g) / 2
+
+l, c, s are the luminance, contrast and structure terms in an 11x11 Gaussian window, per channel, on
+maps that were min-max normalised; the student's pass a 1x1 convolution first where channels differ.
+The detector's own losses stay as they are; the weight (lambda) is 2 or 4.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor
+
+from kd_det.distillers.base import (
+    DISTILLER_REGISTRY,
+    AdapterMode,
+    CaptureSpec,
+    Distiller,
+    Pair,
+    Step,
+)
+from kd_det.functional.ssim import ssim_loss
+
+
+@DISTILLER_REGISTRY.register()
+class SSIM(Distiller):
+    """Sum over paired levels of the mean structural dissimilarity."""
+
+    config_key = "SSIM"
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        window_size: int = 11,
+        sigma: float = 1.5,
+        window: str = "gaussian",
+        border: str = "reflect",
+        normalize: str = "channel",
+        exponents: tuple[int, int, int] = (1, 1, 1),
+        mask_padding: bool = False,
+        student_capture: str = "backbone",
+        teacher_capture: str = "backbone",
+        adapter: AdapterMode = "auto",
+    ) -> None:
+        """
+        Args:
+            window_size, sigma, window, border, normalize, exponents: see `functional.ssim.ssim_loss`.
+            mask_padding: leave the padded area of batched images out.
+            student_capture, teacher_capture: module paths whose outputs are the pyramids.
+            adapter: when the student's maps pass a 1x1 convolution.
+        """
+        super().__init__()
+        self.window_size = window_size
+        self.sigma = sigma
+        self.window = window
+        self.border = border
+        self.normalize = normalize
+        self.exponents = exponents
+        self.mask_padding = mask_padding
+        self.spec = CaptureSpec("features", student_capture, teacher_capture)
+        self.adapter = adapter
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Translate KD.SSIM."""
+        node = cfg.KD.SSIM
+        luminance, contrast, structure = node.EXPONENTS
+        return {
+            "window_size": node.WINDOW_SIZE,
+            "sigma": node.SIGMA,
+            "window": node.WINDOW,
+            "border": node.BORDER,
+            "normalize": node.NORMALIZE,
+            "exponents": (luminance, contrast, structure),
+            "mask_padding": node.MASK_PADDING,
+            "student_capture": node.STUDENT_CAPTURE,
+            "teacher_capture": node.TEACHER_CAPTURE,
+            "adapter": node.ADAPTER,
+        }
+
+    def captures(self) -> Sequence[CaptureSpec]:
+        """Return the one pyramid that is compared."""
+        return [self.spec]
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the single loss."""
+        losses = [self._level(pair) for pair in step.pairs[self.spec.name]]
+        return {"": torch.stack(losses).sum()}
+
+    def _level(self, pair: Pair) -> Tensor:
+        return ssim_loss(
+            pair.student,
+            pair.teacher,
+            window_size=self.window_size,
+            sigma=self.sigma,
+            window=self.window,
+            border=self.border,
+            normalize=self.normalize,
+            exponents=self.exponents,
+            mask=pair.valid() if self.mask_padding else None,
+        )
