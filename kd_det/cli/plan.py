@@ -38,7 +38,9 @@ class Run:
     @property
     def title(self) -> str:
         """Name for humans."""
-        return f"teacher {self.name}" if self.is_teacher else f"{self.name} seed {self.seed}"
+        if self.is_teacher:
+            return "teacher" if self.name == "teacher" else f"teacher {self.name}"
+        return f"{self.name} seed {self.seed}"
 
     @property
     def checkpoint(self) -> Path:

@@ -99,9 +99,7 @@ def build_report(
 def _numbers(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return metrics per seed, their means and spreads, and costs."""
     per_seed = {key: [float(o.metrics[key]) for o in outcomes] for key in METRICS}
-    spread = (
-        {key: float(np.std(v, ddof=1)) for key, v in per_seed.items()} if len(outcomes) > 1 else {}
-    )
+    several = len(outcomes) > 1
     return {
         **per_seed,
         "mean": {key: fmean(values) for key, values in per_seed.items()},
@@ -135,8 +133,9 @@ def _relate(arms: list[dict[str, Any]], teacher: Mapping[str, Any], baseline: st
 
 def table(report: Mapping[str, Any], style: str) -> str:
     """Return the report as a table in one of tabulate's styles."""
-    teacher = {**report["teacher"], "label": f"teacher ({report['teacher']['name']})"}
-    rows = [_row(entry) for entry in (teacher, *report["arms"])]
+    others = [{**t, "label": f"teacher {t['name']}"} for t in report["other_teachers"]]
+    teachers = [{**report["teacher"], "label": "teacher"}, *others]
+    rows = [_row(entry) for entry in (*teachers, *report["arms"])]
     align = ("left", *("right" for _ in _HEADERS[1:]))
     return tabulate(rows, _HEADERS, tablefmt=style, colalign=align, disable_numparse=True)
 
