@@ -78,15 +78,21 @@ def random_results(
             "category_id": category_id,
             "bbox": [float(v) for v in box],
             "score": float(rng.random()),
-            "segmentation": _mask(box),
+            "segmentation": _encode(mask_of_box(box)),
             "keypoints": keypoints.ravel().tolist(),
         }
         for image_id, category_id, box, keypoints in results
     ]
 
 
-def _mask(box: list[float]) -> dict[str, Any]:
-    x, y, w, h = box
-    polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
-    rle = mask_util.frPyObjects([polygon], SIDE, SIDE)[0]
+def mask_of_box(box: list[float]) -> np.ndarray:
+    """The box in whole pixels as a mask, uint8 of (SIDE, SIDE)."""
+    mask = np.zeros((SIDE, SIDE), np.uint8)
+    x, y, right, bottom = np.clip(np.round([*box[:2], box[0] + box[2], box[1] + box[3]]), 0, SIDE)
+    mask[int(y) : int(bottom), int(x) : int(right)] = 1
+    return mask
+
+
+def _encode(mask: np.ndarray) -> dict[str, Any]:
+    rle = mask_util.encode(np.asfortranarray(mask))
     return {"size": rle["size"], "counts": rle["counts"].decode()}
