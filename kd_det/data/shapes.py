@@ -11,7 +11,7 @@ points.
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ def make_shapes(root: Path, *, split: str, num_images: int, size: int = 128, see
         return json_file
     with file_lock(str(folder)):
         if not json_file.is_file():
-            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            scratch = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+            scratch.mkdir()
             try:
                 _write(scratch, split=split, num_images=num_images, size=size, seed=seed)
                 os.replace(scratch, folder)
@@ -86,7 +87,9 @@ def _write(folder: Path, *, split: str, num_images: int, size: int, seed: int) -
         scene = compose(width, height, rng)
         name = f"{number:06d}.jpg"
         quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
-        cv2.imwrite(str(folder / "images" / name), scene.finish().astype(np.uint8), quality)
+        pixels = scene.finish().astype(np.uint8)
+        if not cv2.imwrite(str(folder / "images" / name), pixels, quality):
+            raise OSError(f"cannot write {name} into {folder / 'images'}; is the disk full?")
         images.append({"id": number + 1, "file_name": name, "width": width, "height": height})
         for index, item in enumerate(scene.objects):
             entry = _annotation(item, index, scene.owner)
