@@ -11,6 +11,7 @@ import importlib.util
 import math
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,12 +26,25 @@ _WITHOUT_C = (
 
 
 class _MissingExtension(types.ModuleType):
-    """Stands in for `detectron2._C`; every use of it raises an error that says what is missing."""
+    """Stands in for `detectron2._C`; a use of it raises an error that says what is missing."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         raise RuntimeError(f"detectron2._C.{name} was called, but {_WITHOUT_C}.")
+
+    # Detectron2's environment report asks for these.
+    @staticmethod
+    def get_compiler_version() -> str:
+        """Say that nothing was compiled."""
+        return "none: the C++ extension is not installed"
+
+    get_cuda_version = get_compiler_version
+
+    @staticmethod
+    def has_cuda() -> bool:
+        """Say that nothing was compiled for a GPU."""
+        return False
 
 
 def has_compiled_extension() -> bool:
@@ -56,6 +70,9 @@ def install() -> None:
     if "detectron2._C" not in sys.modules and importlib.util.find_spec("detectron2._C") is None:
         # detectron2.layers imports the extension unconditionally at v0.6.
         sys.modules["detectron2._C"] = _MissingExtension("detectron2._C")
+    # Detectron2 scripts a few functions at import; nothing a user of kd_det could change.
+    warnings.filterwarnings("ignore", message=r"`torch\.jit", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
     from PIL import Image
 
     if not hasattr(Image, "LINEAR"):
@@ -63,7 +80,7 @@ def install() -> None:
         Image.LINEAR = Image.Resampling.BILINEAR  # type: ignore[attr-defined]
     if not hasattr(np, "bool"):
         # Absent from numpy 1.24 to 1.26; detectron2.structures.masks calls it.
-        np.bool = np.bool_  # type: ignore[attr-defined]
+        setattr(np, "bool", np.bool_)  # noqa: B010  plain assignment offends the type checker
 
 
 class GroupNorm(nn.GroupNorm):

@@ -7,7 +7,7 @@ With no distillers it is the student in training too: same losses, bit for bit.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -157,6 +157,8 @@ class DistillationDetector(nn.Module):
             return self.student(inputs)
         iteration = get_event_storage().iter
         weights = {key: schedule(iteration) for key, schedule in self.schedules.items()}
+        for key, weight in weights.items():
+            get_event_storage().put_scalar(f"kd/{self.distillers[key].slug}/weight", weight)
         if not any(weights.values()) or self.wiring is None or self.teacher is None:
             return {**self.student(inputs), **self._idle(self.distillers)}
         return self._distil(batched_inputs, inputs, weights, iteration)
@@ -178,8 +180,8 @@ class DistillationDetector(nn.Module):
         losses = dict(detection)
         features: dict[str, list[Tensor]] = {}
         distilled: dict[str, Tensor] = {}
-        for key, distiller in self.distillers.items():
-            get_event_storage().put_scalar(f"kd/{distiller.slug}/weight", weights[key])
+        for key, module in self.distillers.items():
+            distiller = cast(Distiller, module)
             if not weights[key]:
                 losses.update(self._idle([key]))
                 continue
@@ -211,7 +213,7 @@ class DistillationDetector(nn.Module):
             modules.append(self.distillers[key])
             parameters = [p for module in modules for p in module.parameters()]
             if parameters:
-                out[loss_key(self.distillers[key], "idle")] = (
+                out[loss_key(cast(Distiller, self.distillers[key]), "idle")] = (
                     torch.stack([p.sum() for p in parameters]).sum() * 0
                 )
         return out

@@ -34,6 +34,7 @@ class GradientShare:
     def __init__(self, period: int) -> None:
         self.period = period
         self._streak: dict[str, int] = {}
+        self._warned: set[str] = set()
 
     def is_due(self, iteration: int) -> bool:
         """Return whether this iteration is measured."""
@@ -71,7 +72,8 @@ class GradientShare:
     def _warn(self, key: str, share: float) -> None:
         extreme = not LOW <= share <= HIGH
         self._streak[key] = self._streak.get(key, 0) + 1 if extreme else 0
-        if self._streak[key] == _PATIENCE:
+        if self._streak[key] == _PATIENCE and key not in self._warned:
+            self._warned.add(key)
             advice = "raise" if share < LOW else "lower"
             _logger.warning(
                 "%s: the gradient of its loss at the paired features has been %.2g times that of the "

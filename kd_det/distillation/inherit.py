@@ -19,9 +19,9 @@ _logger = logging.getLogger(__name__)
 
 def inheritable_state(teacher: nn.Module) -> dict[str, Tensor]:
     """Return the teacher's tensors under the names a plain student knows them by."""
-    if hasattr(teacher, "inheritable_state"):  # a wrapper whose detector sits deeper
-        return dict(teacher.inheritable_state())
-    return teacher.state_dict()
+    # A wrapper whose detector sits deeper says which of its tensors a plain one takes.
+    state = getattr(teacher, "inheritable_state", teacher.state_dict)
+    return dict(state())
 
 
 @torch.no_grad()
@@ -42,8 +42,7 @@ def inherit(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]) -> 
         ValueError: a pattern names no tensor of the student, or nothing of it could be copied.
     """
     source, target = inheritable_state(teacher), student.state_dict()
-    copied: list[str] = []
-    rows: list[tuple[str, str]] = []
+    report: dict[str, str] = {}
     for pattern in patterns:
         keys = [k for k in target if fnmatch.fnmatch(k, pattern) or k.startswith(pattern + ".")]
         if not keys:
@@ -51,19 +50,18 @@ def inherit(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]) -> 
                 f"KD.INHERIT: the pattern {pattern!r} names no tensor of the student; "
                 f"{nearest(pattern, target)}."
             )
-        before = len(copied)
-        for key in keys:
-            outcome = _copy(key, source, target)
-            rows.append((key, outcome))
-            if outcome == "inherited":
-                copied.append(key)
-        if len(copied) == before:
+        outcomes = {key: _copy(key, source, target) for key in keys}
+        if "inherited" not in outcomes.values():
             raise ValueError(
                 f"KD.INHERIT: no tensor of {pattern!r} could be copied from the teacher:\n"
-                + tabulate(rows[-len(keys) :], headers=["tensor", "outcome"])
+                + tabulate(outcomes.items(), headers=["tensor", "outcome"])
             )
-    table = tabulate(rows, headers=["tensor", "outcome"])
-    _logger.info("Inherited %d of %d tensors from the teacher:\n%s", len(copied), len(rows), table)
+        report.update(outcomes)
+    copied = [key for key, outcome in report.items() if outcome == "inherited"]
+    table = tabulate(report.items(), headers=["tensor", "outcome"])
+    _logger.info(
+        "Inherited %d of %d tensors from the teacher:\n%s", len(copied), len(report), table
+    )
     return copied
 
 

@@ -7,6 +7,7 @@ bucket and no `.train()`.
 
 import fnmatch
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -149,7 +150,8 @@ def build_teacher(cfg: CfgNode, *, check_classes: bool) -> Teacher:
         )
     plain = student_cfg(own_cfg)
     if check_classes:
-        check_same_classes(student_cfg(cfg), plain)
+        check_same_classes(cfg, own_cfg)
+    flip = other_channel_order(cfg.INPUT.FORMAT, own_cfg.INPUT.FORMAT)
     model = build_model(plain)
     path = load_strictly(model, weights, ignore=cfg.KD.TEACHER.IGNORE_KEYS)
     # A teacher that was itself trained on a reduced view keeps looking at one.
@@ -159,10 +161,27 @@ def build_teacher(cfg: CfgNode, *, check_classes: bool) -> Teacher:
         view=View(own_cfg.KD.STUDENT.VIEW_FACTOR, own_cfg.KD.STUDENT.VIEW_INTERPOLATION)
         if reduced
         else View(),
-        flip_channels=own_cfg.INPUT.FORMAT != cfg.INPUT.FORMAT,
+        flip_channels=flip,
         precision=cfg.KD.TEACHER.PRECISION,
         identity=TeacherIdentity(cfg.KD.TEACHER.CONFIG_FILE, weights, sha256_of(path)),
     )
+
+
+def other_channel_order(student: str, teacher: str) -> bool:
+    """
+    Return whether the teacher wants the loaded image's channels in reverse.
+
+    Raises:
+        ValueError: one pixel format cannot be had from the other.
+    """
+    if student == teacher:
+        return False
+    if {student, teacher} != {"RGB", "BGR"}:
+        raise ValueError(
+            f"The student's INPUT.FORMAT is {student!r}, the teacher's {teacher!r}; the teacher sees the "
+            "image that was loaded for the student, so both must be equal, or one RGB and one BGR."
+        )
+    return True
 
 
 class _StrictCheckpointer(DetectionCheckpointer):
@@ -209,15 +228,15 @@ def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ())
 
     found = checkpointer.incompatible
     shapes = {key: f"{key}: file {a}, model {b}" for key, a, b in found.incorrect_shapes}
+    total = len(model.state_dict())
+    matched = total - len({*found.missing_keys, *shapes})
     problems = {
         "missing in the file": stray([key for key in found.missing_keys if key not in shapes]),
         "in the file but not in the model": stray(found.unexpected_keys),
         "of another shape": [shapes[key] for key in stray(list(shapes))],
     }
-    if any(problems.values()):
+    if any(problems.values()) or not matched:
         lists = "\n".join(f"  {what} ({len(k)}): {_some(k)}" for what, k in problems.items() if k)
-        total = len(model.state_dict())
-        matched = total - len(problems["missing in the file"]) - len(problems["of another shape"])
         raise ValueError(
             f"The teacher's weights {weights} do not fit the model of its config: {matched} of {total} "
             f"tensors matched.\n{lists}\nGive the config the weights were trained with as "
@@ -243,12 +262,12 @@ def sha256_of(path: str) -> str:
 
 def check_same_classes(student: CfgNode, teacher: CfgNode) -> None:
     """
-    Compare what two plain configs predict.
+    Compare what the models of two full configs predict.
 
     Raises:
         ValueError: class counts, or names of the training data's classes, differ.
     """
-    counts = class_count(student), class_count(teacher)
+    counts = class_count(student_cfg(student)), class_count(student_cfg(teacher))
     if counts[0] != counts[1]:
         raise ValueError(
             f"The student predicts {counts[0]} classes, the teacher {counts[1]}, and a distiller reads "
@@ -256,7 +275,8 @@ def check_same_classes(student: CfgNode, teacher: CfgNode) -> None:
         )
     names = class_names(student), class_names(teacher)
     if names[0] and names[1] and names[0] != names[1]:
-        differing = [f"{i}: {a} / {b}" for i, (a, b) in enumerate(zip(*names)) if a != b]
+        pairs = enumerate(itertools.zip_longest(*names, fillvalue="none"))
+        differing = [f"{i}: {a} / {b}" for i, (a, b) in pairs if a != b]
         raise ValueError(
             "Student and teacher name their classes differently, and a distiller reads class scores "
             f"(index: student / teacher): {_some(differing)}."
@@ -272,13 +292,16 @@ def class_count(plain: CfgNode) -> int:
     return int(node.NUM_CLASSES)
 
 
-def class_names(plain: CfgNode) -> list[str]:
-    """Return the class names of a plain config's first training set; empty if it has none."""
-    if not plain.DATASETS.TRAIN:
+def class_names(cfg: CfgNode) -> list[str]:
+    """Return the class names of a full config's first training set; empty if they are not known."""
+    if not cfg.DATASETS.TRAIN:
         return []
-    metadata = MetadataCatalog.get(plain.DATASETS.TRAIN[0])
+    name = cfg.DATASETS.TRAIN[0]
+    metadata = MetadataCatalog.get(name)
     names = metadata.get("thing_classes")
-    file = metadata.get("json_file")
+    # A teacher's own data need not be registered, nor be on this machine.
+    listed = (item["json"] for item in cfg.KD.DATASETS if item["name"] == name)
+    file = metadata.get("json_file") or next(listed, None)
     if names is None and file and os.path.isfile(file):
         # Detectron2 fills the names in when the set is loaded, in the order of the category ids.
         with open(file, encoding="utf-8") as handle:

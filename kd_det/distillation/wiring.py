@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tabulate import tabulate
@@ -75,7 +75,7 @@ class Seen:
         sizes = torch.tensor(self.image_sizes, dtype=torch.float32)
         out: dict[str, list[Pair]] = {}
         for name, levels in self.levels.items():
-            modules = adapters[adapter_name(self.key, name)]
+            modules = cast(nn.ModuleList, adapters[adapter_name(self.key, name)])
             out[name] = []
             for (pair, student, teacher), adapter in zip(levels, modules, strict=True):
                 student, teacher = on_one_grid(student, teacher, pair, self.image_sizes)
@@ -119,7 +119,7 @@ class Wiring:
                 seen.student[name] = student.get(item.student)
                 seen.student_features += tensors_of(seen.student[name])
             if item.teacher is not None:
-                outputs = teacher.get(item.teacher)
+                outputs: Any = teacher.get(item.teacher)
                 if item.spec.kind == "predictions":
                     outputs = decode_dense(self.teacher_model, outputs[0])
                 seen.teacher[name] = outputs

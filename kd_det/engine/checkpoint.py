@@ -36,11 +36,12 @@ class KDState:
     def state_dict(self) -> dict[str, Any]:
         """Return adapters' and distillers' tensors, the teacher's identity, the loss normalisers."""
         out: dict[str, Any] = {
-            # A plain attribute of Detectron2's dense detectors, absent from their state dict.
+            # A plain attribute of Detectron2's dense detectors, absent from their state dict. The
+            # keypoint head has a word under the same name.
             _NORMALIZER: {
                 name: float(getattr(module, _NORMALIZER))
                 for name, module in student_of(self._model).named_modules()
-                if hasattr(module, _NORMALIZER)
+                if isinstance(getattr(module, _NORMALIZER, None), (int, float))
             }
         }
         if isinstance(self._model, DistillationDetector):
@@ -123,11 +124,17 @@ class KDCheckpointer(DetectionCheckpointer):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: strict and something is missing, or nothing at all matched.
+            ValueError: the file is damaged, strict and something is missing, or nothing at all matched.
         """
         if "://" not in path and not os.path.isfile(path):
             raise FileNotFoundError(f"MODEL.WEIGHTS: {path} does not exist.")
-        self.load(path, checkpointables=[])
+        try:
+            self.load(path, checkpointables=[])
+        except Exception as error:  # whatever a damaged file raises
+            raise ValueError(
+                f"MODEL.WEIGHTS: {path} could not be read ({type(error).__name__}: {error}). Give a "
+                "complete checkpoint of kd_det or Detectron2."
+            ) from error
         missing = list(self.incompatible.missing_keys)
         missing += [key for key, *_ in self.incompatible.incorrect_shapes if key not in missing]
         total = len(self.model.state_dict())

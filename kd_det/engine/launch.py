@@ -74,9 +74,21 @@ def _create_local_group(local_size: int) -> None:
 
 
 def distribute(model: nn.Module) -> nn.Module:
-    """Wrap a model in DDP if there is more than one process; on a GPU, on this process's own."""
+    """
+    Wrap a model in DDP if there is more than one process; on a GPU, on this process's own.
+
+    SyncBN works on GPUs alone: several CPU processes need another norm.
+
+    Raises:
+        ValueError: several CPU processes and a SyncBN.
+    """
     if comm.get_world_size() == 1:
         return model
     on_gpu = next(model.parameters()).device.type == "cuda"
+    if not on_gpu and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+        raise ValueError(
+            "SyncBN synchronises GPUs, and this job runs on several CPU processes; set the NORM keys that "
+            'say "SyncBN" to "BN".'
+        )
     devices = [comm.get_local_rank()] if on_gpu else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)

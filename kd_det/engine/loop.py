@@ -38,6 +38,7 @@ class TrainingLoop(SimpleTrainer):
         self.model = model
         self.data_loader = data_loader
         self.optimizer = optimizer
+        self.gather_metric_period = 1  # later versions of `SimpleTrainer` read it
         self._batches: Iterator[Any] | None = None
         self._device_type = next(model.parameters()).device.type
         self._amp_dtype = torch.float16 if self._device_type == "cuda" else torch.bfloat16
@@ -51,7 +52,9 @@ class TrainingLoop(SimpleTrainer):
             raise RuntimeError("The model was switched to evaluation mode during training.")
         start = time.perf_counter()
         if self._batches is None:
-            self._batches = iter(self.data_loader)
+            # A starting loader draws one random number; a resumed run has drawn it already.
+            with torch.random.fork_rng(devices=[], enabled=self.iter > 0):
+                self._batches = iter(self.data_loader)
         batch = next(self._batches)
         data_time = time.perf_counter() - start
 

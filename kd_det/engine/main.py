@@ -14,6 +14,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
 
 from kd_det.config import is_distillation, load_config
 from kd_det.data import register_from_config
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> Any:
     _check_writable(cfg.OUTPUT_DIR)
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     if args.eval_only:
         return evaluate(cfg, resume=args.resume)
     return train(cfg, resume=args.resume)
@@ -92,6 +94,7 @@ def _train_missing_teacher(cfg: CfgNode) -> None:
     _check_writable(own_cfg.OUTPUT_DIR)
     own_cfg.freeze()
     train(own_cfg, resume=True)
+    comm.synchronize()  # the main process has written the file
     _logger.warning("The teacher is trained (%s); now the student.", weights)
 
 

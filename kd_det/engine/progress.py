@@ -45,8 +45,8 @@ class ProgressFile(HookBase):
 
     def after_train(self) -> None:
         """Say that the final evaluation begins, if training came to its end."""
-        if self.trainer.iter + 1 >= self.trainer.max_iter:
-            self._write(self.trainer.iter, "eval")
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._write(self.trainer.max_iter, "eval")
 
     def _write(self, iteration: int, phase: str) -> None:
         now = time.perf_counter()
@@ -97,7 +97,7 @@ class RunResult(HookBase):
             "seed": self._seed,
         }
         write_json(os.path.join(self._folder, "result.json"), result)
-        progress = {"iteration": self.trainer.iter, "max_iter": self.trainer.max_iter}
+        progress = {"iteration": self.trainer.max_iter, "max_iter": self.trainer.max_iter}
         write_json(
             os.path.join(self._folder, "progress.json"),
             {**progress, "phase": "done", "eta_seconds": 0.0},

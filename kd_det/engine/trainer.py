@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import build_optimizer, get_default_optimizer_params
@@ -29,7 +33,7 @@ from kd_det.engine.checkpoint import KDCheckpointer
 from kd_det.engine.launch import distribute
 from kd_det.engine.loop import TrainingLoop
 from kd_det.engine.progress import ProgressFile, RunResult
-from kd_det.evaluation import build_evaluator
+from kd_det.evaluation.build import build_evaluator
 
 _logger = logging.getLogger(__name__)
 
@@ -109,6 +113,12 @@ class DistillationTrainer(DefaultTrainer):
         )
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Build the loader of a test set; an image that cannot be read is named."""
+        mapper = CheckedDatasetMapper(cfg, False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """Build the evaluator of a dataset; its files go to OUTPUT_DIR/inference."""
         return build_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
@@ -118,7 +128,13 @@ class DistillationTrainer(DefaultTrainer):
         hooks: list[HookBase] = super().build_hooks()
         if comm.is_main_process():
             evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-            hooks.insert(evaluation, ProgressFile(self.cfg.OUTPUT_DIR))
+            checkpoint = next(
+                i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer)
+            )
+            # Evaluating draws random numbers: the state that a checkpoint saves must be the one from
+            # which the next step starts.
+            hooks.insert(evaluation, hooks.pop(checkpoint))
+            hooks.insert(evaluation - 1, ProgressFile(self.cfg.OUTPUT_DIR))
             hooks.append(RunResult(self.cfg.OUTPUT_DIR, self.cfg.SEED))
         return hooks
 
