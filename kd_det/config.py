@@ -353,7 +353,7 @@ def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"  # Detectron2's default, "cuda", would only fail
     for path, content in _read_chain(config_file):
-        _refuse_unknown_keys(_flatten(content), cfg, path)
+        _refuse_unknown_keys(_leaves(content), cfg, path)
         _resolve_paths(content, os.path.dirname(os.path.abspath(path)))
         cfg.merge_from_other_cfg(CN(content))
     _apply_overrides(cfg, opts)
@@ -398,6 +398,14 @@ def is_distillation(cfg: CfgNode) -> bool:
     return bool(cfg.MODEL.META_ARCHITECTURE == "DistillationDetector")
 
 
+def changed_settings(cfg: CfgNode) -> dict[str, Any]:
+    """Return the settings, by full key, in which a config differs from all defaults."""
+    defaults = get_cfg()
+    add_kd_config(defaults)
+    before, now = _leaves(defaults), _leaves(cfg)
+    return {key: value for key, value in now.items() if key not in before or before[key] != value}
+
+
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
     """Return a phrase naming the valid names closest to `name`, for error messages."""
     valid = sorted(set(valid))
@@ -440,16 +448,20 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return content
 
 
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> list[str]:
-    keys: list[str] = []
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested mapping by full key."""
+    out: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
-        keys += _flatten(value, f"{name}.") if isinstance(value, Mapping) and value else [name]
-    return keys
+        if isinstance(value, Mapping) and value:
+            out.update(_leaves(value, f"{name}."))
+        else:
+            out[name] = value
+    return out
 
 
 def _refuse_unknown_keys(keys: Iterable[str], cfg: CfgNode, source: str) -> None:
-    valid = set(_flatten(cfg))
+    valid = set(_leaves(cfg))
     nodes = {name.rsplit(".", i)[0] for name in valid for i in range(1, name.count(".") + 1)}
     for key in keys:
         if key not in valid and key not in nodes:

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 
 import kd_det
 from kd_det.cli.recipe import Arm, Recipe, RecipeError
-from kd_det.config import is_distillation, load_config
+from kd_det.config import changed_settings, is_distillation, load_config
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,15 @@ class _Planner:
 
 
 def _hash(cfg: CfgNode, identities: dict[str, str]) -> str:
-    """Hash what decides a run's outcome, and nothing about where it lies on this machine."""
+    """
+    Hash what decides a run's outcome, and nothing about where it lies on this machine.
+
+    Only settings that differ from their defaults count, so that a new key makes no old run strange.
+    """
     cfg.OUTPUT_DIR = ""
     cfg.KD.TEACHER.WEIGHTS = ""  # its content is among the identities
     cfg.KD.TEACHER.CONFIG_FILE = Path(cfg.KD.TEACHER.CONFIG_FILE).name
-    text = cfg.dump() + json.dumps(identities, sort_keys=True)
+    text = json.dumps([changed_settings(cfg), identities], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
