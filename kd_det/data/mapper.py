@@ -1,16 +1,21 @@
-"""Detectron2's dataset mapper with an error that names the image and the data set it is from."""
+"""Detectron2's dataset mapper, with errors that name the image, and with ignored regions."""
 
 import os
 from typing import Any
 
+import numpy as np
+import torch
 from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
 
 
 class CheckedDatasetMapper(DatasetMapper):
     """
     Detectron2's `DatasetMapper`, saying which file of which data set cannot be read.
 
-    Built like its base: `CheckedDatasetMapper(cfg, is_train=True)`.
+    Built like its base: `CheckedDatasetMapper(cfg, is_train=True)`. Crowd annotations, which the base
+    drops, are kept as boxes under "ignored_boxes", (I, 4), where a record has any.
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -20,9 +25,11 @@ class CheckedDatasetMapper(DatasetMapper):
         Raises:
             RuntimeError: the image is missing, truncated or no image.
         """
+        crowds = [a for a in dataset_dict.get("annotations", []) if a.get("iscrowd", 0)]
+        original, recorder = self.augmentations, _Recorder(self.augmentations)
+        self.augmentations = recorder
         try:
             mapped: dict[str, Any] = super().__call__(dataset_dict)
-            return mapped
         # What Pillow raises for broken files; a broken PNG gives a SyntaxError.
         except (OSError, SyntaxError) as error:
             file_name = dataset_dict["file_name"]
@@ -30,6 +37,36 @@ class CheckedDatasetMapper(DatasetMapper):
                 f"cannot read {file_name} of data set {_origin(file_name)}: {error}; replace the "
                 "file, or take its image out of the annotation file"
             ) from error
+        finally:
+            self.augmentations = original
+        if crowds and recorder.transforms is not None:
+            mapped["ignored_boxes"] = _moved(
+                crowds, recorder.transforms, mapped["image"].shape[-2:]
+            )
+        return mapped
+
+
+class _Recorder:
+    """Augments, and remembers the transforms that came of it."""
+
+    def __init__(self, augmentations: Any) -> None:
+        self._augmentations = augmentations
+        self.transforms: T.TransformList | None = None
+
+    def __call__(self, aug_input: Any) -> Any:
+        self.transforms = self._augmentations(aug_input)
+        return self.transforms
+
+
+def _moved(
+    annotations: list[dict[str, Any]], transforms: T.TransformList, size: tuple[int, int]
+) -> torch.Tensor:
+    """Return the annotations' boxes in the augmented image of (height, width) `size`, (I, 4)."""
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    moved = torch.as_tensor(transforms.apply_box(np.array(boxes)), dtype=torch.float32)
+    height, width = size
+    limit = torch.tensor([width, height, width, height], dtype=torch.float32)
+    return torch.minimum(moved.clamp(min=0), limit)
 
 
 def _origin(file_name: str) -> str:
