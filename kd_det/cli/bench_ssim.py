@@ -30,6 +30,10 @@ STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
 OWN = "kd_det"
 # Both maps are read for the min-max and again for SSIM, the gradient is written, read and scaled.
 FLOOR_MAPS = 7
+PEAK_MEMORY = {
+    "cpu": "events of torch's CPU allocator",
+    "cuda": "torch.cuda.max_memory_allocated",
+}
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -118,9 +122,7 @@ def run(
         "shapes": {name: list(pair[0].shape) for name, pair in levels.items()},
         "rounds": rounds,
         "versions": {name: library.version for name, library in libraries.items()},
-        "peak_memory": "events of torch's CPU allocator"
-        if device == "cpu"
-        else "torch.cuda.max_memory_allocated",
+        "peak_memory": PEAK_MEMORY["cpu" if device == "cpu" else "cuda"],
         "failures": failures,
         "accuracy": accuracy,
         "levels": {
@@ -132,17 +134,15 @@ def run(
         report[title] = {}
         for name, library in tqdm(libraries.items(), desc=f"memory {title}"):
             ran = [level for level in names if (name, level) in seconds]
-            if ran:
-                report[title][name] = {"levels": len(ran)} | summarise(
-                    [[sum(x) for x in zip(*(seconds[n, v] for v in ran), strict=True)]
-                     for n in (name, OWN)],
-                    library.loss,
-                    [levels[v] for v in ran],
-                    device,
-                )  # fmt: skip
-                report[title][name] |= {
-                    key: max(accuracy[name][v][key] for v in ran) for key in accuracy[name][ran[0]]
-                }
+            if not ran:
+                continue
+            errors = [accuracy[name][level] for level in ran]
+            report[title][name] = {
+                "levels": len(ran),
+                **times(seconds, name, ran),
+                **memory(library.loss, [levels[level] for level in ran], device),
+                **{key: max(error[key] for error in errors) for key in errors[0]},
+            }
     report["floor"] = bandwidth_floor(levels, device)
     return report
 
@@ -239,18 +239,25 @@ def check(
     return failures, accuracy
 
 
-def summarise(
-    seconds: Sequence[Sequence[float]],
-    loss: Loss,
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    device: str,
+def times(
+    seconds: Mapping[tuple[str, str], list[float]], name: str, levels: Sequence[str]
 ) -> dict[str, float]:
-    """Return times (`seconds`: of the library and of this package, per round) and memory."""
+    """Return the median time of a library over some levels, and its ratio to this package's."""
+    theirs, ours = (
+        [sum(turn) for turn in zip(*(seconds[key, level] for level in levels), strict=True)]
+        for key in (name, OWN)
+    )
+    return {
+        "ms": 1e3 * median(theirs),
+        "x": median(a / b for a, b in zip(theirs, ours, strict=True)),
+    }
+
+
+def memory(loss: Loss, pairs: Sequence[tuple[Tensor, Tensor]], device: str) -> dict[str, float]:
+    """Return the peak with the gradients in MB, and what is kept for the backward pass in maps."""
     one_map = sum(student.numel() * student.element_size() for student, _ in pairs)
     run = partial(forward_backward, loss, pairs)
     return {
-        "ms": 1e3 * median(seconds[0]),
-        "x": median(a / b for a, b in zip(*seconds, strict=True)),
         "peak_mb": peak_bytes(run, device) / 1e6,
         "kept_maps": kept_bytes(run, [x for pair in pairs for x in pair]) / one_map,
     }
