@@ -148,16 +148,21 @@ def importance_maps(
     device, dtype = logits.device, torch.promote_types(logits.dtype, torch.float32)
     objects, classes = to_device(objects[held], device).to(dtype), to_device(classes[held], device)
     points = grid_positions(levels, device)
-    logits = logits.reshape(num_images * num_positions, -1, logits.shape[2])
-    boxes = boxes.reshape(num_images * num_positions, -1, 4)
+    num_anchors, num_classes = logits.shape[1] // num_positions, logits.shape[2]
+    anchors = torch.arange(num_anchors, device=device)
+    logits, boxes = logits.reshape(-1), boxes.reshape(-1, num_anchors * 4)
     maps = logits.new_zeros(len(exponents), num_images * num_positions, dtype=dtype)
     for chunk, counts in _chunks(runs, max_pairs):
         owner, position = chunk.to(device).pairs(int(counts.sum()))
         counts = to_device(counts, device)
-        probability = logits[position, :, classes[owner]].to(dtype).sigmoid()
+        # index_select: a third of the time of indexing with brackets, and this is most of it all.
+        prediction = position[:, None] * num_anchors + anchors  # (P, A)
+        place = prediction * num_classes + classes.index_select(0, owner)[:, None]
+        probability = logits.take(place).to(dtype).sigmoid()
         if position_valid is not None:
-            probability = probability * position_valid.flatten()[position, None]
-        iou = aligned_iou(boxes[position].to(dtype), objects[owner, None])
+            probability = probability * position_valid.take(position)[:, None]
+        predicted = boxes.index_select(0, position).view(-1, num_anchors, 4).to(dtype)
+        iou = aligned_iou(predicted, objects.index_select(0, owner)[:, None])
         for importance, exponent in zip(maps, exponents, strict=True):
             quality = prediction_quality(probability, iou, exponent).amax(1)
             pair, selected = _best_of_each(quality, owner, counts, top_k)
@@ -209,9 +214,9 @@ def _best_of_each(
         Pairs, (B, K), and which of them exist and have a positive quality, (B, K) bool.
     """
     # The bits of a non-negative float grow with its value, so that one sort of integers orders by
-    # box, then by quality. What is not above 0, NaN of a broken teacher included, goes last.
-    bits = torch.where(quality > 0, quality, 0).float().view(torch.int32).long()
-    order = torch.argsort((owner << 32) + (0x7F800000 - bits), stable=True)
+    # box, then by quality. NaN of a broken teacher would go first; as 0 it goes last.
+    bits = quality.float().nan_to_num(0.0).view(torch.int32)
+    order = torch.argsort((owner + 1 << 32) - bits, stable=True)
     slot = torch.arange(top_k, device=quality.device)
     pair = order[((counts.cumsum(0) - counts)[:, None] + slot).clamp(max=len(order) - 1)]
     return pair, (slot < counts[:, None]) & (quality[pair] > 0)

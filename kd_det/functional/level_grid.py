@@ -141,7 +141,7 @@ class Runs(NamedTuple):
         run = torch.repeat_interleave(runs, self.length, output_size=total)
         start = self.length.cumsum(0) - self.length
         pair = torch.arange(total, device=run.device)
-        return self.owner[run], (self.first - start)[run] + pair
+        return self.owner.index_select(0, run), (self.first - start).index_select(0, run) + pair
 
 
 def runs_of_boxes(levels: Sequence[Level], boxes: Tensor) -> Runs:
