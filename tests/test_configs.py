@@ -25,6 +25,8 @@ def test_config_builds(path: Path) -> None:
     assert text.startswith("# "), "the first line says what the config shows"
     cfg = load_config(str(path))
     cfg.MODEL.DEVICE = "cpu"
+    # Building must not download.
+    cfg.MODEL.TIMM.PRETRAINED = False
     build_model(student_cfg(cfg))
     teacher = cfg.KD.TEACHER.CONFIG_FILE
     assert not teacher or Path(teacher).is_file(), teacher
