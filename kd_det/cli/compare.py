@@ -99,6 +99,7 @@ def _write(recipe: Recipe, plan: Plan, out: Path, command: str) -> None:
         for run in plan.runs
     }
     truth = load_ground_truth(plan.baseline_cfg)
+    print("Comparing the detections, with intervals ...", file=sys.stderr, flush=True)
     report = build_report(recipe, plan, outcomes, truth, command)
     write_json(out / "report.json", report)
     (out / "report.md").write_text(markdown(report), encoding="utf-8")

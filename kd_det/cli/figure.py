@@ -22,7 +22,10 @@ _INK, _SOFT, _GRID = "#1f2933", "#6b7785", "#e4e8ec"
 _BASELINE_COLOUR, _TEACHER_COLOUR = "#8793a0", "#1f2933"
 # Colours that stay apart for colour-blind readers (Okabe and Ito), on light ground.
 _ARM_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-_CLASS_COLOURS = ("#ff4d4d", "#4dd2ff", "#ffe14d", "#7dff6b", "#ff8cf0", "#ffa64d", "#b9a5ff")
+_CLASS_COLOURS = (
+    "#ff4d4d", "#4dd2ff", "#ffe14d", "#7dff6b", "#ff8cf0", "#ffa64d", "#b9a5ff",
+    "#4d79ff", "#00e6a8", "#c8a27a",
+)  # fmt: skip
 
 
 def draw_report(
@@ -57,7 +60,8 @@ def _draw_chart(axes: Axes, report: Mapping[str, Any]) -> None:
     arms, teacher = report["arms"], report["teacher"]["mean"]["AP"]
     base = next(arm for arm in arms if arm["name"] == report["baseline"])["mean"]["AP"]
     colours = arm_colours(report)
-    right = 1.08 * max([teacher, *(v for arm in arms for v in arm["AP"])], default=1.0)
+    ends = [base + arm["delta"]["high"] for arm in arms if arm["delta"]]
+    right = 1.08 * max([teacher, *ends, *(v for arm in arms for v in arm["AP"])])
     for y, arm in enumerate(arms):
         mean, delta = arm["mean"]["AP"], arm["delta"]
         axes.barh(y, mean, height=0.58, color=colours[arm["name"]], alpha=0.9, zorder=2)

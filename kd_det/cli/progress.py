@@ -15,6 +15,7 @@ _OVERHEAD_SECONDS = 20.0
 # pays for the teacher's forward pass.
 _STUDENT_SHARE = 0.6
 _LINE_PERIOD_SECONDS = 15.0
+_BAR = "{percentage:3.0f}% |{bar:24}| {desc}"
 
 
 class Estimator:
@@ -138,7 +139,7 @@ class Display:
         self._last_line = self._began
         self._shown = 0.0
         self._bar = (
-            tqdm(total=100, file=self._stream, bar_format="{l_bar}{bar}| {postfix}", leave=False)
+            tqdm(total=100, file=self._stream, bar_format=_BAR, leave=False)
             if self._stream.isatty()
             else None
         )
@@ -155,7 +156,7 @@ class Display:
         )
         if self._bar is not None:
             self._bar.n = round(self._shown, 1)
-            self._bar.set_postfix_str(status)
+            self._bar.set_description_str(status)
         elif time.monotonic() - self._last_line >= _LINE_PERIOD_SECONDS:
             self._last_line = time.monotonic()
             self.line(f"[{self._shown:3.0f} %] {status}")

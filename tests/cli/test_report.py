@@ -73,7 +73,7 @@ def test_arms_and_seeds_can_be_chosen(lab):
 
 def test_a_teacher_worse_than_the_baseline_leaves_no_gap(lab):
     lab.behave({"teacher": {"ap": 1.0}, "none": {"ap": 35.0, "shift": 8}})
-    assert compare_lab(lab, "--seeds", "0") == 0
+    assert compare_lab(lab, "--seeds", "0", "--arms", "l2") == 0
     report = json.loads((lab.out / "report.json").read_text())
     assert report["arms"][1]["delta"]["mean"] == pytest.approx(65.0)
     assert report["arms"][1]["gap_closed"] is None
