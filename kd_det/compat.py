@@ -81,18 +81,35 @@ def install() -> None:
     if not hasattr(np, "bool"):
         # Absent from numpy 1.24 to 1.26; detectron2.structures.masks calls it.
         setattr(np, "bool", np.bool_)  # noqa: B010  plain assignment offends the type checker
+    _settle_focal_loss()
+
+
+def _settle_focal_loss() -> None:
+    """
+    Call the scripted focal loss of Detectron2's dense detectors once.
+
+    TorchScript interprets the first call of a process and compiles the later ones, and the gradients
+    differ in their last bit: a resumed run would not equal the uninterrupted one.
+    """
+    from fvcore.nn import sigmoid_focal_loss_jit
+
+    logits = torch.zeros(1, 1, requires_grad=True)
+    targets = torch.zeros(1, 1)
+    sigmoid_focal_loss_jit(logits, targets, alpha=0.25, gamma=2.0, reduction="sum").backward()
 
 
 class GroupNorm(nn.GroupNorm):
     """
     GroupNorm with gcd(32, channels) groups, as narrow students and Detectron2's heads need it.
 
-    Detectron2's own "GN" asks for 32 groups of any width, and v0.6's RetinaNetHead probes it with one
-    channel, which raises. Pass this class where a head takes a norm callable.
+    Detectron2's own "GN" asks for 32 groups of any width, and v0.6's RetinaNetHead probes it with
+    one channel, which raises. Groups of a single channel have no statistics on a 1x1 map, so where
+    gcd gives those, they hold two. Pass this class where a head takes a norm callable.
     """
 
     def __init__(self, num_channels: int) -> None:
-        super().__init__(math.gcd(32, num_channels), num_channels)
+        groups = math.gcd(32, num_channels)
+        super().__init__(groups // 2 if groups == num_channels > 1 else groups, num_channels)
 
 
 def head_norm(name: str) -> Any:
@@ -133,5 +150,8 @@ def safe_numpy_load() -> Iterator[None]:
     Model-zoo files hold numpy arrays, which the safe unpickler refuses by default. The safety itself
     stays on.
     """
+    if not hasattr(torch.serialization, "safe_globals"):
+        yield  # an older torch, which refuses nothing by default
+        return
     with torch.serialization.safe_globals(_numpy_globals()):
         yield

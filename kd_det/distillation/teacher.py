@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -75,6 +76,7 @@ class Teacher:
         self.flip_channels = flip_channels
         self.dtype = _PRECISIONS[precision]
         self.identity = identity
+        self._cycles = [m for m in model.modules() if isinstance(m, CycleBatchNormList)]
 
     @torch.no_grad()
     def __call__(
@@ -93,6 +95,9 @@ class Teacher:
         autocast = torch.autocast(device_type, dtype=self.dtype, enabled=self.dtype is not None)
         with capture.record(stop_after) as captures, autocast:
             self.model(self.view(inputs))
+        for norm in self._cycles:
+            # It counts its calls to know the level; a pass that ended early leaves it in the middle.
+            norm._pos = 0
         return captures
 
     def _image(self, image: torch.Tensor) -> torch.Tensor:
@@ -221,28 +226,27 @@ def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ())
         raise ValueError(
             f"The teacher's weights {weights} could not be read ({type(error).__name__}: {error})."
         ) from error
-    patterns = (*_HARMLESS, *ignore)
 
-    def stray(keys: Sequence[str]) -> list[str]:
+    def stray(keys: Iterable[str], patterns: Sequence[str] = (*_HARMLESS, *ignore)) -> list[str]:
         return [key for key in keys if not any(fnmatch.fnmatch(key, p) for p in patterns)]
 
     found = checkpointer.incompatible
     shapes = {key: f"{key}: file {a}, model {b}" for key, a, b in found.incorrect_shapes}
-    total = len(model.state_dict())
-    matched = total - len({*found.missing_keys, *shapes})
+    wanted = stray(model.state_dict(), _HARMLESS)
+    matched = len({*wanted} - {*found.missing_keys, *shapes})
     problems = {
         "missing in the file": stray([key for key in found.missing_keys if key not in shapes]),
         "in the file but not in the model": stray(found.unexpected_keys),
-        "of another shape": [shapes[key] for key in stray(list(shapes))],
+        "of another shape": [shapes[key] for key in stray(shapes)],
     }
     if any(problems.values()) or not matched:
         lists = "\n".join(f"  {what} ({len(k)}): {_some(k)}" for what, k in problems.items() if k)
         raise ValueError(
-            f"The teacher's weights {weights} do not fit the model of its config: {matched} of {total} "
-            f"tensors matched.\n{lists}\nGive the config the weights were trained with as "
+            f"The teacher's weights {weights} do not fit the model of its config: {matched} of "
+            f"{len(wanted)} tensors matched.\n{lists}\nGive the config the weights were trained with as "
             "KD.TEACHER.CONFIG_FILE, or list harmless keys in KD.TEACHER.IGNORE_KEYS."
         )
-    _logger.info("Teacher: all %d tensors loaded from %s", len(model.state_dict()), weights)
+    _logger.info("Teacher: %d of %d tensors loaded from %s", matched, len(wanted), weights)
     return path
 
 

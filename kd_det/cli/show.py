@@ -1,0 +1,135 @@
+"""
+`kd-det show`: pictures of what a distiller looks at.
+
+    kd-det show pgd  --config-file F --out PNG [KEY VALUE ...]
+    kd-det show ssim --config-file F --before CHECKPOINT --after CHECKPOINT --out PNG [KEY VALUE ...]
+
+"pgd" draws the teacher's importance of every position, per level, for both towers; "ssim" the
+structural similarity of student and teacher, per level, for two checkpoints of the student.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.detection_utils import convert_image_to_rgb
+from torch import Tensor
+
+from kd_det.cli.overlay import draw_grid
+from kd_det.config import is_distillation, load_config
+from kd_det.data import CheckedDatasetMapper, register_from_config
+from kd_det.distillation import DistillationDetector
+from kd_det.distillation.detector import targets_of
+from kd_det.distillers import PGD, SSIM, Pair
+from kd_det.engine.checkpoint import KDCheckpointer
+from kd_det.engine.trainer import DistillationTrainer
+from kd_det.functional.ssim import ssim_map
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draw the picture; return the process's exit code."""
+    parser = argparse.ArgumentParser(prog="kd-det show", description=__doc__)
+    parser.add_argument("what", choices=["pgd", "ssim"])
+    parser.add_argument("--config-file", required=True, help="config of a run with that distiller")
+    parser.add_argument("--out", required=True, type=Path, help="PNG file")
+    parser.add_argument("--images", type=int, default=2, help="images of the test set, default 2")
+    parser.add_argument("--skip", type=int, default=0, help="images of the test set to pass over")
+    parser.add_argument("--before", help="ssim: checkpoint of the student, say without a teacher")
+    parser.add_argument("--after", help="ssim: checkpoint of the distilled student")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
+    args = parser.parse_args(argv)
+    if args.what == "ssim" and not (args.before and args.after):
+        parser.error("ssim needs --before and --after, two checkpoints of the student")
+    cfg = load_config(args.config_file, args.opts)
+    model = _build(cfg, "PGD" if args.what == "pgd" else "SSIM")
+    batch = _load_images(cfg, args.skip, args.images)
+    if args.what == "pgd":
+        columns = _importance(model, batch)
+    else:
+        columns = _similarity(model, batch, {"before": args.before, "after": args.after}, cfg)
+    pictures = [_picture(item, cfg) for item in batch]
+    boxes = [item["instances"].gt_boxes.tensor for item in batch]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(pictures, boxes, columns, args.out)
+    print(args.out)
+    return 0
+
+
+def _build(cfg: CfgNode, distiller: str) -> DistillationDetector:
+    if not is_distillation(cfg) or distiller not in cfg.KD.DISTILLERS:
+        raise ValueError(
+            f"The config's KD.DISTILLERS is {cfg.KD.DISTILLERS}; give the config of a run with {distiller}."
+        )
+    register_from_config(cfg.KD.DATASETS)
+    return cast(DistillationDetector, DistillationTrainer.build_model(cfg).eval())
+
+
+def _load_images(cfg: CfgNode, skip: int, count: int) -> list[dict[str, Any]]:
+    """Return test images with their ground truth, as the models load them."""
+    records = get_detection_dataset_dicts(cfg.DATASETS.TEST)[skip : skip + count]
+    mapper = CheckedDatasetMapper(cfg, is_train=False)
+    # The test mapper drops the ground truth unless it thinks that it trains.
+    mapper.is_train = True
+    return [mapper(record) for record in records]
+
+
+def _picture(item: dict[str, Any], cfg: CfgNode) -> Any:
+    return convert_image_to_rgb(item["image"].permute(1, 2, 0), cfg.INPUT.FORMAT)
+
+
+@torch.no_grad()
+def _pairs(
+    model: DistillationDetector, batch: list[dict[str, Any]], key: str
+) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
+    """Run both models on a batch; return a distiller's pairs and what it sees of the teacher."""
+    wiring, teacher = model.wiring, model.teacher
+    assert wiring is not None and teacher is not None
+    with wiring.student_capture.record() as student:
+        model.student(model.view(batch))
+    seen_by_teacher = teacher(batch, wiring.teacher_capture, wiring.stop_after)
+    sizes = targets_of(batch).image_sizes
+    seen = wiring.gather(key, student, seen_by_teacher, sizes)
+    return seen.pairs(model.adapters), seen.teacher
+
+
+def _importance(
+    model: DistillationDetector, batch: list[dict[str, Any]]
+) -> dict[str, tuple[Tensor, float]]:
+    """Return per column one (N, H, W) map in [0, 1] and its stride."""
+    distiller = cast(PGD, model.distillers["PGD"])
+    _, seen = _pairs(model, batch, "PGD")
+    predictions = seen["predictions"]
+    masks = distiller.masks(predictions, targets_of(batch))
+    columns = {}
+    for name, maps in (("classification", masks.cls), ("regression", masks.reg)):
+        levels = [
+            (x, stride) for x, stride in zip(maps, predictions.strides, strict=True) if x.any()
+        ]
+        columns.update({f"{name}, stride {stride:g}": (x, stride) for x, stride in levels})
+    return columns
+
+
+def _similarity(
+    model: DistillationDetector,
+    batch: list[dict[str, Any]],
+    checkpoints: dict[str, str],
+    cfg: CfgNode,
+) -> dict[str, tuple[Tensor, float]]:
+    """Return per column the channels' mean SSIM, (N, H, W) clipped to [0, 1], and its stride."""
+    columns = {}
+    distiller = cast(SSIM, model.distillers["SSIM"])
+    for when, path in checkpoints.items():
+        checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR)
+        checkpointer.load_student(path, strict=True)
+        pairs, _ = _pairs(model, batch, "SSIM")
+        for pair in pairs[distiller.spec.name]:
+            similarity = ssim_map(pair.student, pair.teacher, normalize=distiller.normalize)
+            values = similarity.mean(1).clamp(0, 1)
+            columns[f"{when}, stride {pair.stride:g}"] = (values, pair.stride)
+    # The two checkpoints' maps of a level side by side.
+    order = sorted(columns, key=lambda name: float(name.rsplit(" ", 1)[1]))
+    return {name: columns[name] for name in order}
