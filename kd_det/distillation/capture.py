@@ -168,7 +168,7 @@ def _activation(model: nn.Module, parent: str, index: int) -> str:
             f"{type(model).__name__} has no module '{parent}'; {nearest(parent, filter(None, modules))}."
         )
     found = [
-        f"{parent}.{name}".lstrip(".")
+        f"{parent}.{name}".strip(".")
         for name, module in modules[parent].named_modules()
         if isinstance(module, nn.ReLU)
     ]
