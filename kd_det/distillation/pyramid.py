@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_det.distillation.capture import CapturePath
+from kd_det.functional.distance import at_least_float32
 
 # Strides within this relative distance are the same grid: sizes are rounded up to whole cells.
 _SAME_GRID = 0.02
@@ -34,13 +35,26 @@ class Level:
 
 @dataclass(frozen=True)
 class LevelPair:
-    """Indices of a student and a teacher level; `resample` if their grids differ."""
+    """
+    A student and a teacher level that are compared.
+
+    Attributes:
+        student, teacher: their indices.
+        name: e.g. "p2~p3".
+        stride: pixels of the loaded image per cell of the student's level.
+        scale: student cells per teacher cell; exactly 1 where both lie on one grid.
+    """
 
     student: int
     teacher: int
     name: str
     stride: float
-    resample: bool
+    scale: float
+
+    @property
+    def resample(self) -> bool:
+        """Whether the teacher's map is brought to the student's grid by interpolation."""
+        return self.scale != 1
 
 
 def levels_of(calls: Sequence[Any], path: CapturePath) -> list[tuple[str, Tensor]]:
@@ -115,7 +129,8 @@ def pair_levels(
         same = j >= 0 and gaps[j] <= math.log2(1 + _SAME_GRID)
         if same or (resample and j >= 0 and gaps[j] <= 0.5):
             name = f"{level.name}~{teacher[j].name}"
-            pairs.append(LevelPair(i, j, name, level.stride, not same))
+            scale = 1.0 if same else teacher[j].stride / level.stride
+            pairs.append(LevelPair(i, j, name, level.stride, scale))
     if not pairs:
         raise ValueError(
             "No level of the student's pyramid lies on the grid of a teacher level.\n"
@@ -178,8 +193,11 @@ def on_one_grid(
         RuntimeError: the cut would remove cells that lie on an image.
     """
     if pair.resample:
+        # By the ratio of strides and not to the student's size, which depends on its own padding.
+        # The small excess keeps a whole number of cells from being rounded down.
+        scale = pair.scale * (1 + 1e-6)
         teacher = F.interpolate(
-            teacher.float(), size=student.shape[-2:], mode="bilinear", align_corners=False
+            at_least_float32(teacher), scale_factor=scale, mode="bilinear", align_corners=False
         )
     if student.shape[-2:] == teacher.shape[-2:]:
         return student, teacher
