@@ -69,6 +69,11 @@ class Schedule:
                 f"SCHEDULE.STEPS has {len(self.steps)} entries and FACTORS {len(self.factors)}; "
                 "each step needs one factor."
             )
+        for name, values in (("FINAL_FACTOR", [self.final_factor]), ("FACTORS", self.factors)):
+            if not all(math.isfinite(value) and value >= 0 for value in values):
+                raise ValueError(
+                    f"SCHEDULE.{name} must be finite and >= 0, found {', '.join(map(str, values))}."
+                )
         if list(self.steps) != sorted(self.steps):
             raise ValueError(f"SCHEDULE.STEPS must ascend, found {list(self.steps)}.")
 
