@@ -101,7 +101,8 @@ class AlignedPyramid(Distiller):
         if self.loss == "ssim":
             return ssim_loss(pair.student, pair.teacher, mask=mask)
         with torch.autocast(pair.student.device.type, enabled=False):
-            student, teacher = at_least_float32(pair.student), at_least_float32(pair.teacher)
+            student = at_least_float32(pair.student)
+            teacher = at_least_float32(pair.teacher.detach())
             if self.loss == "cosine":
                 distance = 1 - F.cosine_similarity(student, teacher, dim=1)[:, None]
             else:

@@ -13,7 +13,7 @@ def mean_distance(
     student: Tensor, teacher: Tensor, *, p: int = 2, mask: Tensor | None = None
 ) -> Tensor:
     """
-    Mean of |student - teacher|^p, in float32 whatever autocast says.
+    Mean of |student - teacher|^p, in float32 whatever autocast says; its gradient is the student's.
 
     Args:
         student, teacher: (N, C, H, W).
@@ -24,7 +24,7 @@ def mean_distance(
         Scalar >= 0; 0 (attached to the graph) where the mask is empty.
     """
     with torch.autocast(student.device.type, enabled=False):
-        difference = at_least_float32(student) - at_least_float32(teacher)
+        difference = at_least_float32(student) - at_least_float32(teacher.detach())
         return masked_mean(difference.abs() if p == 1 else difference.square(), mask)
 
 

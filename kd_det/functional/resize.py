@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kd_det.functional.distance import at_least_float32
+
 INTERPOLATIONS = ("nearest", "bilinear", "area")
 
 
@@ -40,7 +42,7 @@ def reduce_image(image: Tensor, factor: float, interpolation: str) -> Tensor:
         return image[..., :: int(factor), :: int(factor)]
     size = reduced_size(image.shape[-2], image.shape[-1], factor)
     batch = image if image.dim() == 4 else image[None]
-    work = batch if batch.is_floating_point() else batch.float()
+    work = at_least_float32(batch)
     if interpolation == "bilinear":
         out = F.interpolate(work, size=size, mode="bilinear", align_corners=False, antialias=True)
     else:
