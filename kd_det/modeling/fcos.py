@@ -15,6 +15,7 @@ from detectron2.modeling.meta_arch import fcos as detectron2_fcos
 from detectron2.structures import Boxes, Instances
 
 from kd_det.compat import head_norm
+from kd_det.functional.distance import at_least_float32
 from kd_det.modeling.fpn import pick_features
 
 
@@ -60,6 +61,27 @@ class FCOS(detectron2_fcos.FCOS):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
         }
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[torch.Tensor],
+        gt_labels: list[torch.Tensor],
+        pred_anchor_deltas: list[torch.Tensor],
+        gt_boxes: list[Any],
+        pred_centerness: list[torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """
+        Compute Detectron2's losses of lists with one entry per level, also with mixed precision.
+
+        Detectron2 0.6 decodes boxes in the type of `pred_anchor_deltas`, (N, R, 4), and its GIoU
+        loss fails on half precision.
+        """
+        deltas = [at_least_float32(x) for x in pred_anchor_deltas]
+        out: dict[str, torch.Tensor] = super().losses(
+            anchors, pred_logits, gt_labels, deltas, gt_boxes, pred_centerness
+        )
+        return out
 
     @torch.no_grad()
     def label_anchors(

@@ -1,0 +1,71 @@
+"""Shared set-up of all tests."""
+
+import kd_det  # noqa: F401  first, so that compat runs before any import of detectron2
+
+# isort: split
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+
+from kd_det.config import load_config
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_before() -> Iterator[None]:
+    """Undo what Detectron2's `setup_logger` does, so that `caplog` hears every test's messages."""
+    loggers = [logging.getLogger(name) for name in ("kd_det", "detectron2", "fvcore")]
+    before = [(logger.propagate, logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (propagate, level, handlers) in zip(loggers, before, strict=True):
+        logger.propagate, logger.level, logger.handlers = propagate, level, handlers
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The registered data of all tiny configs: 8 images, 2 classes, polygons, keypoints."""
+    return tiny_runs.register_data(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture(scope="session")
+def tiny_records(tiny_data: dict[str, str]) -> list[dict[str, Any]]:
+    """Its records, as Detectron2 loads them."""
+    return list(DatasetCatalog.get(tiny_data["name"]))
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(
+    tiny_data: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tiny_runs.TinyTeacher]:
+    """Return the tiny R50 teacher of an architecture; made once a session, never changed."""
+    made: dict[str, tiny_runs.TinyTeacher] = {}
+    folder = tmp_path_factory.mktemp("teachers")
+
+    def get(detector: str) -> tiny_runs.TinyTeacher:
+        if detector not in made:
+            made[detector] = tiny_runs.make_teacher(folder, detector)
+        return made[detector]
+
+    return get
+
+
+@pytest.fixture
+def tiny_student(tiny_data: dict[str, str], tmp_path: Path) -> Callable[..., CfgNode]:
+    """Return the config of a tiny student: `tiny_student(detector, teacher, {KEY: value})`."""
+
+    def get(
+        detector: str,
+        teacher: tiny_runs.TinyTeacher | None = None,
+        keys: dict[str, Any] | None = None,
+        name: str = "run",
+    ) -> CfgNode:
+        merged = {**tiny_runs.distil_keys(detector, teacher), **(keys or {})}
+        path = tiny_runs.write_config(tmp_path / f"{name}.yaml", detector, merged)
+        return load_config(str(path))
+
+    return get

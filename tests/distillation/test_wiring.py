@@ -1,0 +1,227 @@
+"""Resolving captures, pairing real pyramids, and what distillers get to see of a step."""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from tiny_runs import TinyTeacher
+from torch import Tensor, nn
+
+from kd_det.config import load_config, student_cfg
+from kd_det.distillation.detector import DistillationDetector
+from kd_det.distillation.teacher import Teacher, build_teacher
+from kd_det.distillation.views import View
+from kd_det.distillers import CaptureSpec, Distiller, FeatureLp, Step
+
+Student = Callable[..., CfgNode]
+MakeTeacher = Callable[[str], TinyTeacher]
+
+
+class Looking(Distiller):
+    """Keeps what it is shown."""
+
+    config_key = "LOOKING"
+
+    def __init__(self, specs: Sequence[CaptureSpec]) -> None:
+        super().__init__()
+        self.specs = specs
+        self.adapter = "auto"
+        self.step: Step | None = None
+
+    def captures(self) -> Sequence[CaptureSpec]:
+        return self.specs
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        self.step = step
+        tensors = [p.student for pairs in step.pairs.values() for p in pairs]
+        return {"part": torch.stack([t.sum() for t in tensors] or [torch.zeros(())]).sum()}
+
+
+def wired(
+    tiny_student: Student, teacher: TinyTeacher, *specs: CaptureSpec, **options: Any
+) -> tuple[DistillationDetector, Looking, CfgNode]:
+    cfg = tiny_student("fcos", teacher)
+    looking = Looking(specs)
+    model = DistillationDetector(
+        student=build_model(student_cfg(cfg)),
+        teacher=build_teacher(cfg, check_classes=False),
+        distillers={"Looking": looking},
+        schedules={"Looking": lambda iteration: 1.0},
+        **options,
+    )
+    return model, looking, cfg
+
+
+def test_pairs_are_the_real_maps_on_one_grid(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+) -> None:
+    spec = CaptureSpec("features", "backbone", "backbone")
+    model, looking, cfg = wired(tiny_student, tiny_teacher("faster_rcnn"), spec)
+    losses, _ = tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
+    assert looking.step is not None
+    pairs = looking.step.pairs["features"]
+    # FCOS has P3..P7, Faster R-CNN P2..P6.
+    assert [p.name for p in pairs] == ["p3~p3", "p4~p4", "p5~p5", "p6~p6"]
+    assert [p.stride for p in pairs] == [8, 16, 32, 64]
+    for pair in pairs:
+        assert pair.student.shape == pair.teacher.shape
+        assert pair.student.shape[:2] == (2, 48)  # the adapter maps 32 channels to the teacher's
+        assert pair.student.requires_grad
+        assert not pair.teacher.requires_grad
+    assert pairs[0].image_sizes.tolist() == [[96.0, 80.0], [64.0, 96.0]]
+    assert looking.step.targets.image_sizes == [(96, 80), (64, 96)]
+    assert [len(boxes) for boxes in looking.step.targets.boxes] == [2, 2]
+    assert [x.tolist() for x in looking.step.targets.classes] == [[0, 1], [0, 1]]
+    assert set(losses) >= {"loss_kd_looking_part"}
+
+
+def test_raw_captures_are_lists_of_calls(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+) -> None:
+    specs = [
+        CaptureSpec("towers", "head.cls_subnet", "head.cls_subnet@1"),
+        CaptureSpec("students", "head.cls_score", None),
+        CaptureSpec("teachers", None, "head.ctrness"),
+    ]
+    model, looking, cfg = wired(
+        tiny_student,
+        tiny_teacher("fcos"),
+        *[CaptureSpec(s.name, s.student, s.teacher, "raw") for s in specs],
+    )
+    tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
+    assert looking.step is not None
+    assert {k: len(v) for k, v in looking.step.student.items()} == {"towers": 5, "students": 5}
+    assert {k: len(v) for k, v in looking.step.teacher.items()} == {"towers": 1, "teachers": 5}
+    assert looking.step.teacher["towers"][0].shape == (2, 48, 6, 6)  # the second call: p4 of 96 px
+
+
+def test_a_pyramid_may_be_one_map_per_call(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+) -> None:
+    spec = CaptureSpec("towers", "head.cls_subnet", "head.cls_subnet")
+    model, looking, cfg = wired(tiny_student, tiny_teacher("fcos"), spec)
+    tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
+    assert looking.step is not None
+    assert [p.stride for p in looking.step.pairs["towers"]] == [8, 16, 32, 64, 128]
+
+
+def test_one_level_of_a_many_call_module(tiny_student: Student, tiny_teacher: MakeTeacher) -> None:
+    spec = CaptureSpec("towers", "head.cls_subnet@2", "head.cls_subnet")
+    model, _, _ = wired(tiny_student, tiny_teacher("fcos"), spec)
+    (pair,) = model.wiring.wanted["Looking"][0].pairs  # type: ignore[union-attr]
+    assert (pair.student, pair.teacher, pair.stride) == (0, 2, 32)
+
+
+def test_probing_changes_nothing(tiny_student: Student, tiny_teacher: MakeTeacher) -> None:
+    cfg = tiny_student("fcos", tiny_teacher("fcos"))
+    student = build_model(student_cfg(cfg)).train()
+    student.backbone.bottom_up.eval()  # a mode of its own, as frozen BatchNorm has
+    teacher = build_teacher(cfg, check_classes=False)
+    before = copy.deepcopy([student.state_dict(), teacher.model.state_dict()])
+    modes = {name: module.training for name, module in student.named_modules()}
+    state = torch.get_rng_state()
+    DistillationDetector(student=student, teacher=teacher, distillers={"FeatureLp": FeatureLp()})
+
+    assert tiny_runs.equal_states(before, [student.state_dict(), teacher.model.state_dict()])
+    assert {name: module.training for name, module in student.named_modules()} == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    hooks = [m._forward_hooks for model in (student, teacher.model) for m in model.modules()]
+    assert not any(hooks)
+
+
+def test_reports_what_is_paired(
+    tiny_student: Student, tiny_teacher: MakeTeacher, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        build_model(tiny_student("fcos", tiny_teacher("retinanet")))
+    assert "p3 (stride 8, 32 channels)" in caplog.text
+    assert "p7 (stride 128, 48 channels)" in caplog.text
+    assert "1x1" in caplog.text
+
+
+def test_a_module_that_does_not_run_is_named(
+    tiny_student: Student, tiny_teacher: MakeTeacher
+) -> None:
+    cfg = tiny_student("fcos", tiny_teacher("fcos"))
+    student = build_model(student_cfg(cfg))
+    student.spare = nn.Conv2d(1, 1, 1)
+    spec = CaptureSpec("features", "spare", "backbone")
+    with pytest.raises(RuntimeError, match="module 'spare' runs 0 times"):
+        DistillationDetector(
+            student=student,
+            teacher=build_teacher(cfg, check_classes=False),
+            distillers={"Looking": Looking([spec])},
+        )
+
+
+def test_resampling_pairs_other_grids(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+) -> None:
+    """A view of 3/4 has strides 10.7, 21.3, ...: no grid of the teacher's."""
+    spec = CaptureSpec("features", "backbone", "backbone")
+    view = View(4 / 3, "bilinear")
+    with pytest.raises(ValueError, match=r"KD.RESAMPLE_LEVELS True"):
+        wired(tiny_student, tiny_teacher("fcos"), spec, view=view)
+    model, looking, cfg = wired(
+        tiny_student, tiny_teacher("fcos"), spec, view=view, resample_levels=True
+    )
+    tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
+    assert looking.step is not None
+    pairs = looking.step.pairs["features"]
+    assert [p.name for p in pairs] == ["p3~p3", "p4~p4", "p5~p5", "p6~p6", "p7~p7"]
+    assert all(p.student.shape == p.teacher.shape for p in pairs)
+    # 96 px seen as 72, padded to 96: 12 cells, of which the first 9 are what the teacher sees too.
+    assert pairs[0].student.shape[-2:] == (9, 9)
+    assert pairs[0].stride == pytest.approx(32 / 3, rel=0.01)
+
+
+def test_predictions_of_the_teacher(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+) -> None:
+    spec = CaptureSpec("predictions", None, "head", "predictions")
+    model, looking, cfg = wired(tiny_student, tiny_teacher("fcos"), spec)
+    tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
+    assert looking.step is not None
+    assert not looking.step.student
+    assert set(looking.step.teacher) == {"predictions"}
+    assert not looking.step.pairs
+
+
+def test_teacher_is_any_module() -> None:
+    """The wrapper asks of a teacher no more than a forward pass on Detectron2's inputs."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Conv2d(3, 4, 8, stride=8)
+
+        def forward(self, inputs: list[dict[str, Any]]) -> Any:
+            images = torch.stack([item["image"].float() for item in inputs])
+            features = self.backbone(images)
+            return {"loss_plain": features.square().mean()}
+
+    teacher = Teacher(Plain())
+    model = DistillationDetector(
+        student=Plain(),
+        teacher=teacher,
+        distillers={"FeatureLp": FeatureLp()},
+        schedules={"FeatureLp": lambda iteration: 1.0},
+    )
+    assert model.wiring is not None
+    (pair,) = model.wiring.wanted["FeatureLp"][0].pairs
+    assert pair.stride == 8
+    assert isinstance(model.adapters["FeatureLp-features"][0], nn.Identity)
+
+
+def test_config_default_captures(tiny_teacher: MakeTeacher) -> None:
+    cfg = load_config(str(tiny_teacher("fcos").config_file))
+    assert (cfg.KD.FEATURE_LP.STUDENT_CAPTURE, cfg.KD.FEATURE_LP.TEACHER_CAPTURE) == (
+        "backbone",
+        "backbone",
+    )
