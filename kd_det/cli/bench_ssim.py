@@ -23,7 +23,7 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from kd_det.cli.measure import kept_bytes, peak_bytes, take_turns
+from kd_det.cli.device_cost import kept_bytes, peak_bytes, take_turns
 from kd_det.functional.ssim import min_max_normalize, ssim_loss
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}

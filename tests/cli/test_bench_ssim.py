@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kd_det.cli import bench_ssim
-from kd_det.cli.measure import kept_bytes, peak_bytes, take_turns
+from kd_det.cli.device_cost import kept_bytes, peak_bytes, take_turns
 from kd_det.functional.ssim import ssim_loss
 
 pytest.importorskip("kornia", reason="the bench group is not installed")
@@ -65,7 +65,7 @@ def test_peak_bytes_of_the_loss_is_its_gradient_and_the_chunks():
         torch.autograd.grad(ssim_loss(student, teacher[:, 0], chunk_elements=1600), student)
 
     # The gradient kept and the gradient returned; scratch memory of one plane is small beside them.
-    assert 2 * one_map < peak_bytes(run) < 2.5 * one_map
+    assert 2 * one_map < peak_bytes(run, "cpu") < 2.5 * one_map
 
 
 def test_turns_are_taken_in_rounds():
