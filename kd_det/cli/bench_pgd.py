@@ -3,16 +3,14 @@
 
 Targets (quality, selection, fit, masks) are timed against a loop over images and boxes written from
 the formulas, vectorised over positions; losses against one training step of the student they would
-guide, an FCOS R50-FPN. What is compared runs side by side in every round, so that ratios hold on a
-busy machine too.
+guide, an FCOS R50-FPN. All times are CPU time of all threads; what is compared runs side by side in
+every round, so that ratios hold on a busy machine too.
 """
 
 import argparse
 import math
-import timeit
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -23,9 +21,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
 
+from kd_det.cli.measure import peak_bytes, ratio, side_by_side
 from kd_det.config import add_kd_config
 from kd_det.functional.gaussian_importance import RIDGE, importance_maps, prediction_quality
 from kd_det.functional.level_grid import (
@@ -268,32 +265,3 @@ def student_step(size: tuple[int, int], scene: Scene, depth: int) -> Callable[[]
         model.zero_grad()
 
     return step
-
-
-def side_by_side(
-    runs: dict[Any, Callable[[], Any]], rounds: int, label: str
-) -> dict[Any, list[float]]:
-    """Time every function in every round: the seconds of its fastest call within a fifth second."""
-    seconds: dict[Any, list[float]] = {key: [] for key in runs}
-    for _ in tqdm(range(rounds), desc=label, unit="round"):
-        for key, run in runs.items():
-            calls = [timeit.timeit(run, number=1)]
-            while sum(calls) < 0.2:
-                calls.append(timeit.timeit(run, number=1))
-            seconds[key].append(min(calls))
-    return seconds
-
-
-def ratio(seconds: list[float], others: list[float]) -> float:
-    """Return the median over rounds of how many times as long one took as the other."""
-    return median(a / b for a, b in zip(seconds, others, strict=True))
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Return how many bytes of tensors a function holds at most, beyond those that exist."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = profiler.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    return max(accumulate((change for _, change in sorted(changes)), initial=0))

@@ -1,82 +1,52 @@
-"""Time and memory of functions, on CPU and GPU."""
+"""Timing and memory of functions, as the benchmarks measure them."""
 
+import time
 import timeit
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable
 from itertools import accumulate
-from typing import Any, TypeVar
+from statistics import median
+from typing import Any
 
-import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-Key = TypeVar("Key", bound=Hashable)
 
-
-def take_turns(
-    runs: Mapping[Key, Callable[[], Any]], rounds: int, device: str
-) -> dict[Key, list[float]]:
+def side_by_side(
+    runs: dict[Any, Callable[[], Any]], rounds: int, label: str
+) -> dict[Any, list[float]]:
     """
-    Time functions side by side: every one in every round, so that all meet the same disturbances.
+    Time functions in turn, so that whatever else the machine does slows all of them alike.
 
     Args:
-        runs: the functions, each called once before to warm up.
-        rounds: measurements of each; those of less than 0.2 s are the fastest of five calls.
-        device: "cpu", or a GPU to wait for.
+        runs: the functions; call each once before, where the first call is slower.
+        rounds: how often to go through all of them.
+        label: title of the progress bar.
 
     Returns:
-        Seconds of each round.
+        For each function and round the CPU seconds, of all threads, of its fastest call within a
+        fifth of a second. CPU time, because on a busy machine wall time grows faster than work:
+        short calls escape the scheduler, long ones do not.
     """
-
-    def timed(run: Callable[[], Any]) -> None:
-        run()
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-
-    calls = {}
-    for key, run in tqdm(runs.items(), desc="warm-up"):
-        timed(run)
-        calls[key] = 1 if timeit.timeit(partial(timed, run), number=1) > 0.2 else 5
-    seconds: dict[Key, list[float]] = {key: [] for key in runs}
-    for _ in tqdm(range(rounds), desc="times", unit="round"):
+    seconds: dict[Any, list[float]] = {key: [] for key in runs}
+    for _ in tqdm(range(rounds), desc=label, unit="round"):
         for key, run in runs.items():
-            turns = timeit.repeat(partial(timed, run), number=1, repeat=calls[key])
-            seconds[key].append(min(turns))
+            calls = [timeit.timeit(run, timer=time.process_time, number=1)]
+            while sum(calls) < 0.2:
+                calls.append(timeit.timeit(run, timer=time.process_time, number=1))
+            seconds[key].append(min(calls))
     return seconds
 
 
-def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
-    """
-    Return how many bytes of tensors a function holds at most, beyond those that exist.
-
-    On a CPU these are the events of torch's allocator, exact to the byte and blind to memory that
-    libraries below torch take for themselves; on a GPU torch.cuda.max_memory_allocated.
-    """
-    if device == "cpu":
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            run()
-        assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-        events = profiler.profiler.kineto_results.events()
-        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        return max(accumulate((change for _, change in sorted(changes)), initial=0))
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+def ratio(seconds: list[float], others: list[float]) -> float:
+    """Return the median over rounds of how many times as long one took as the other."""
+    return median(a / b for a, b in zip(seconds, others, strict=True))
 
 
-def kept_bytes(run: Callable[[], Any], inputs: Iterable[Tensor]) -> int:
-    """Return the bytes of distinct storages a function keeps for backward, beside its inputs."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive: no address comes twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Return how many bytes of tensors a function holds at most, beyond those that exist."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    own = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own)
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(accumulate((change for _, change in sorted(changes)), initial=0))
