@@ -194,10 +194,12 @@ def on_one_grid(
     """
     if pair.resample:
         # By the ratio of strides and not to the student's size, which depends on its own padding.
-        # The small excess keeps a whole number of cells from being rounded down.
-        scale = pair.scale * (1 + 1e-6)
+        # The cells are rounded down: one more at the end, so that a map of one cell does not vanish.
         teacher = F.interpolate(
-            at_least_float32(teacher), scale_factor=scale, mode="bilinear", align_corners=False
+            F.pad(at_least_float32(teacher), (0, 1, 0, 1), mode="replicate"),
+            scale_factor=pair.scale,
+            mode="bilinear",
+            align_corners=False,
         )
     if student.shape[-2:] == teacher.shape[-2:]:
         return student, teacher

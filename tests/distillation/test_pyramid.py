@@ -259,10 +259,18 @@ class TestOneGrid:
         )
         assert student.shape == teacher.shape
         assert student.shape[-1] * own > 90 - own
-        inner = slice(1, -1)  # the border is clamped, not extrapolated
-        torch.testing.assert_close(
-            teacher[..., inner, inner], student[..., inner, inner], rtol=1e-4, atol=1e-3
-        )
+        # Beyond the centres of the outermost cells nothing is extrapolated.
+        expected = student.clamp(other / 2, (other_cells - 0.5) * other)
+        torch.testing.assert_close(teacher, expected, rtol=1e-4, atol=1e-3)
+
+    @pytest.mark.parametrize("scale", [0.75, 1.4])
+    def test_resampling_a_map_of_one_cell(self, scale: float) -> None:
+        """As the coarsest level of a small image is."""
+        pair = LevelPair(0, 0, "p7~p7", 128 / scale, scale)
+        teacher = torch.full((1, 2, 1, 1), 3.0)
+        student, resampled = on_one_grid(torch.zeros(1, 2, 1, 1), teacher, pair, [(96, 96)])
+        assert student.shape == resampled.shape == (1, 2, 1, 1)
+        assert torch.equal(resampled, teacher)
 
     def test_resampling_computes_in_float32_at_least(self) -> None:
         pair = LevelPair(0, 0, "x~y", 6.0, 8 / 6)
