@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
+from detectron2.structures import (
+    BitMasks,
+    Boxes,
+    Instances,
+    Keypoints,
+    PolygonMasks,
+    RotatedBoxes,
+)
 from torch.nn import functional as F
 
 from kd_det.functional.resize import INTERPOLATIONS, reduce_image
@@ -104,7 +111,7 @@ def scale_instances(instances: Instances, size: tuple[int, int]) -> Instances:
 def _scale_field(
     name: str, value: Any, scale_x: float, scale_y: float, size: tuple[int, int]
 ) -> Any:
-    if isinstance(value, Boxes):
+    if isinstance(value, Boxes) and not isinstance(value, RotatedBoxes):
         factors = value.tensor.new_tensor([scale_x, scale_y, scale_x, scale_y])
         return Boxes(value.tensor * factors)
     if isinstance(value, Keypoints):
