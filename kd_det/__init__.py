@@ -1,4 +1,8 @@
-"""kd_det: knowledge distillation for Detectron2. Importing it registers everything with Detectron2."""
+"""
+kd_det: knowledge distillation for Detectron2.
+
+Importing it registers everything with Detectron2.
+"""
 
 from kd_det import compat
 

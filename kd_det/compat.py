@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 _WITHOUT_C = (
-    "deformable convolution, rotated boxes and the C++ COCOeval need Detectron2's compiled extension, "
-    "which this installation does not have; install Detectron2 from source with a compiler, or leave them out"
+    "deformable convolution, rotated boxes and the C++ COCOeval need Detectron2's compiled "
+    "extension, which this installation does not have; install Detectron2 from source with a "
+    "compiler, or leave them out"
 )
 
 
@@ -64,8 +65,8 @@ def install() -> None:
     if importlib.util.find_spec("detectron2") is None:
         raise ImportError(
             "kd_det needs Detectron2, and none is installed. Either install it from its repository "
-            "(see its INSTALL.md), or run `uv sync` in kd_det's folder, which adds the Python files "
-            "of Detectron2 0.6 from the package index."
+            "(see its INSTALL.md), or run `uv sync` in kd_det's folder, which adds the Python "
+            "files of Detectron2 0.6 from the package index."
         )
     if "detectron2._C" not in sys.modules and importlib.util.find_spec("detectron2._C") is None:
         # detectron2.layers imports the extension unconditionally at v0.6.
@@ -88,7 +89,8 @@ def _settle_focal_loss() -> None:
     """
     Call the scripted focal loss of Detectron2's dense detectors once.
 
-    TorchScript interprets the first call of a process and compiles the later ones, and the gradients
+    TorchScript interprets the first call of a process and compiles the later ones, and the
+    gradients
     differ in their last bit: a resumed run would not equal the uninterrupted one.
     """
     from fvcore.nn import sigmoid_focal_loss_jit
@@ -147,8 +149,8 @@ def safe_numpy_load() -> Iterator[None]:
     """
     Let `torch.load(weights_only=True)` read numpy arrays, and nothing else, inside the context.
 
-    Model-zoo files hold numpy arrays, which the safe unpickler refuses by default. The safety itself
-    stays on.
+    Model-zoo files hold numpy arrays, which the safe unpickler refuses by default. The safety
+    itself stays on.
     """
     if not hasattr(torch.serialization, "safe_globals"):
         yield  # an older torch, which refuses nothing by default

@@ -163,8 +163,8 @@ def _add_aligned(cfg: CfgNode) -> None:
     cfg.MODEL.ALIGNED.FUSION_REDUCTION = 16
     # Weights of the detection losses of the branches high, low and fused (MSAD: 1, 1, 0.4).
     cfg.MODEL.ALIGNED.LOSS_WEIGHTS = [1.0, 1.0, 0.4]
-    # Branch whose detections evaluation returns: "fused" (as published), "high" or "low". The latter
-    # two run one view alone.
+    # Branch whose detections evaluation returns: "fused" (as published), "high" or "low". The
+    # latter two run one view alone.
     cfg.MODEL.ALIGNED.EVAL_BRANCH = "fused"
     # BatchNorm keeps running statistics per branch, affine parameters shared. MSAD shares both, so
     # that evaluation uses a blend of the statistics of two resolutions.
@@ -184,20 +184,23 @@ def _add_training(cfg: CfgNode) -> None:
 
 def _add_roles(kd: CfgNode) -> None:
     """Who teaches whom."""
-    # Active distillers, by registry name, e.g. ["FeatureLp", "SSIM"]. Empty: plain detection training.
+    # Active distillers, by registry name, e.g. ["FeatureLp", "SSIM"]. Empty: plain detection
+    # training.
     kd.DISTILLERS = []
 
     kd.STUDENT = CN()
-    # Meta-architecture of the student; what MODEL.META_ARCHITECTURE is in a plain Detectron2 config.
+    # Meta-architecture of the student; what MODEL.META_ARCHITECTURE is in a plain Detectron2
+    # config.
     kd.STUDENT.META_ARCHITECTURE = ""
-    # What the student sees of the loaded image: its size is divided by this factor (>= 1). Powers of
-    # two pair pyramid levels exactly; any other factor needs KD.RESAMPLE_LEVELS. MSAD uses 2.
+    # What the student sees of the loaded image: its size is divided by this factor (>= 1). Powers
+    # of two pair pyramid levels exactly; any other factor needs KD.RESAMPLE_LEVELS. MSAD uses 2.
     kd.STUDENT.VIEW_FACTOR = 1.0
     # How the reduced view is computed: "nearest" (MSAD's code), "bilinear" (antialiased), "area".
     kd.STUDENT.VIEW_INTERPOLATION = "bilinear"
 
     kd.TEACHER = CN()
-    # The teacher's own config file: relative to the yaml that names it, or to the working directory.
+    # The teacher's own config file: relative to the yaml that names it, or to the working
+    # directory.
     kd.TEACHER.CONFIG_FILE = ""
     # Its checkpoint (path or URL). "auto": the final checkpoint in the OUTPUT_DIR of the teacher's
     # config, which train_net.py trains first when it is absent.
@@ -209,17 +212,17 @@ def _add_roles(kd: CfgNode) -> None:
     # Patterns (fnmatch) of checkpoint keys that may stay unmatched when the teacher is loaded.
     kd.TEACHER.IGNORE_KEYS = []
 
-    # Module-path patterns (fnmatch, e.g. ["head.*", "backbone.fpn_*"]) of the student's tensors that
-    # start as the teacher's, where names and shapes match. Applied at a fresh start only, never on
-    # resume. PGD (ECCV 2022) inherits neck and head; MSAD (CVPR 2021) everything: ["*"].
+    # Module-path patterns (fnmatch, e.g. ["head.*", "backbone.fpn_*"]) of the student's tensors
+    # that start as the teacher's, where names and shapes match. Applied at a fresh start only,
+    # never on resume. PGD (ECCV 2022) inherits neck and head; MSAD (CVPR 2021) everything: ["*"].
     kd.INHERIT = []
     # Pair levels on different grids by resampling the teacher's map to the student's. Off: such
     # levels are not paired, and a run in which nothing pairs stops.
     kd.RESAMPLE_LEVELS = False
     # Iterations between measurements of kd/<distiller>/grad_share; 0 switches them off.
     kd.GRAD_SHARE_PERIOD = 200
-    # The user's own data in COCO format: list of {"name":, "json":, "images":}, paths relative to the
-    # yaml that names them, or to the working directory.
+    # The user's own data in COCO format: list of {"name":, "json":, "images":}, paths relative to
+    # the yaml that names them, or to the working directory.
     kd.DATASETS = []
 
 
@@ -272,10 +275,11 @@ def _add_ssim(kd: CfgNode) -> None:
     kd.SSIM.WINDOW_SIZE = 11
     kd.SSIM.SIGMA = 1.5
     kd.SSIM.WINDOW = "gaussian"
-    # At the border: "reflect" (the reference code's), "renorm" (rescale what lies inside), or "valid".
+    # At the border: "reflect" (the reference code's), "renorm" (rescale what lies inside), or
+    # "valid".
     kd.SSIM.BORDER = "reflect"
-    # What shares one min-max range: each "channel" of each image, each "image", the whole "level", or
-    # "none". The paper does not say; "channel" is what its reference library offers.
+    # What shares one min-max range: each "channel" of each image, each "image", the whole "level",
+    # or "none". The paper does not say; "channel" is what its reference library offers.
     kd.SSIM.NORMALIZE = "channel"
     # Exponents, each 0 or 1, of the luminance, contrast and structure terms (the paper's ablation).
     kd.SSIM.EXPONENTS = [1, 1, 1]
@@ -285,7 +289,8 @@ def _add_pgd(kd: CfgNode) -> None:
     """PGD (Yang et al., ECCV 2022). Values are those of FCOS R101 -> R50 where detectors differ."""
     kd.PGD = _weighted(1.0)
     # "towers": the head's towers, as published; "neck": the pyramid itself, for students whose head
-    # has no towers (R-CNN students of a dense teacher; not in the paper), classification part alone.
+    # has no towers (R-CNN students of a dense teacher; not in the paper), classification part
+    # alone.
     kd.PGD.FEATURES = "towers"
     # Module paths of the towers in both models; an empty REG_TOWER (coupled heads) leaves the
     # classification part alone.
@@ -296,7 +301,8 @@ def _add_pgd(kd: CfgNode) -> None:
     # Adapter where the towers' widths differ ("auto"); the paper has none.
     kd.PGD.ADAPTER = "auto"
     # Weights of classification foreground, background, regression, attention. The release weights a
-    # batch's images by each other's masks: with right masks ALPHA may need to be 2 to 4 times larger.
+    # batch's images by each other's masks: with right masks ALPHA may need to be 2 to 4 times
+    # larger.
     kd.PGD.ALPHA = 0.04
     kd.PGD.BETA = 0.02
     kd.PGD.GAMMA = 0.064
@@ -312,7 +318,8 @@ def _add_pgd(kd: CfgNode) -> None:
     kd.PGD.XI_REG = 0.6
     # The box gates positions "before" the top-k (paper) or "after" the fit (release).
     kd.PGD.GATE = "before"
-    # Padding takes part in nothing (the release's anchor-based heads); False counts it as background.
+    # Padding takes part in nothing (the release's anchor-based heads); False counts it as
+    # background.
     kd.PGD.MASK_PADDING = True
     # Regions annotated as crowd or ignored are no background (the release counts them as such).
     kd.PGD.MASK_IGNORED = False
@@ -324,8 +331,8 @@ def _add_aligned_pyramid(kd: CfgNode) -> None:
     """MSAD's student (Qi et al., CVPR 2021). WEIGHT is alpha * T^2 / T, alpha 0.2, T 3."""
     kd.ALIGNED_PYRAMID = _feature_keys(weight=0.6)
     kd.ALIGNED_PYRAMID.SCHEDULE.WARMUP_ITERS = 500
-    # "fusion": the aligned teacher's fused pyramid; "detector.backbone@0" / "@1": its pyramid of the
-    # full / reduced view; "backbone": an ordinary teacher's.
+    # "fusion": the aligned teacher's fused pyramid; "detector.backbone@0" / "@1": its pyramid of
+    # the full / reduced view; "backbone": an ordinary teacher's.
     kd.ALIGNED_PYRAMID.TEACHER_CAPTURE = "fusion"
     # "l1" (paper), "l2", "smooth_l1", "cosine" or "ssim".
     kd.ALIGNED_PYRAMID.LOSS = "l1"
@@ -345,7 +352,7 @@ def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: the file, or a `_BASE_`, does not exist.
-        ValueError: the file is no yaml mapping.
+        ValueError: the file is no yaml mapping, or gives one value to a whole group of keys.
         KeyError: a key nobody knows; the message lists the nearest valid ones.
     """
     cfg = get_cfg()
@@ -364,7 +371,8 @@ def _apply_overrides(cfg: CfgNode, opts: Sequence[Any]) -> None:
     """Merge [KEY, value, ...] into cfg; relative paths in it mean the working directory."""
     if len(opts) % 2:
         raise ValueError(
-            f"Overrides come in pairs KEY VALUE, but an odd number of words was given: {list(opts)}."
+            "Overrides come in pairs KEY VALUE, but an odd number of words was given: "
+            f"{list(opts)}."
         )
     keys = list(opts[0::2])
     _refuse_unknown_keys(keys, cfg, "the command line")
@@ -378,15 +386,15 @@ def student_cfg(cfg: CfgNode) -> CfgNode:
     """
     Return the plain Detectron2 config of the student: no KD keys, its own meta-architecture.
 
-    A student of a reduced view gets test sizes divided by the factor, so that stock Detectron2 feeds
-    it images of the size it was trained for.
+    A student of a reduced view gets test sizes divided by the factor, so that stock Detectron2
+    feeds it images of the size it was trained for (a MIN_SIZE_TEST of 0, no resizing, stays: such
+    images are to be reduced beforehand). A config without student only loses its KD keys.
     """
     out = cfg.clone()
     out.defrost()
     if is_distillation(cfg):
+        factor = cfg.KD.STUDENT.VIEW_FACTOR
         out.MODEL.META_ARCHITECTURE = cfg.KD.STUDENT.META_ARCHITECTURE
-    factor = cfg.KD.STUDENT.VIEW_FACTOR
-    if factor != 1:
         out.INPUT.MIN_SIZE_TEST = round(cfg.INPUT.MIN_SIZE_TEST / factor)
         out.INPUT.MAX_SIZE_TEST = round(cfg.INPUT.MAX_SIZE_TEST / factor)
     del out["KD"]
@@ -421,10 +429,12 @@ def _read_chain(config_file: str) -> list[tuple[str, dict[str, Any]]]:
     chain: list[tuple[str, dict[str, Any]]] = []
     path = config_file
     while path:
+        content = _read_yaml(path)
         if any(os.path.samefile(path, seen) for seen, _ in chain):
             raise ValueError(f"{config_file}: its _BASE_ files form a circle through {path}.")
-        content = _read_yaml(path)
         base = content.pop("_BASE_", "")
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: _BASE_ is {base!r}, expected the path of one yaml file.")
         chain.insert(0, (path, content))
         path = os.path.join(os.path.dirname(path), os.path.expanduser(base)) if base else ""
     return chain
@@ -440,8 +450,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
             content = yaml.safe_load(file)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{path} is not a yaml config file ({type(error).__name__}). If it is a checkpoint, give "
-            "it as ...WEIGHTS and the yaml it was trained with as the config file."
+            f"{path} is not a yaml config file ({type(error).__name__}). If it is a checkpoint, "
+            "give it as ...WEIGHTS and the yaml it was trained with as the config file."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, expected a yaml mapping of keys.")
@@ -453,7 +463,7 @@ def _leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):
             out.update(_leaves(value, f"{name}."))
         else:
             out[name] = value
@@ -464,12 +474,16 @@ def _refuse_unknown_keys(keys: Iterable[str], cfg: CfgNode, source: str) -> None
     valid = set(_leaves(cfg))
     nodes = {name.rsplit(".", i)[0] for name in valid for i in range(1, name.count(".") + 1)}
     for key in keys:
-        if key not in valid and key not in nodes:
+        if key in nodes:
+            raise ValueError(
+                f"{source}: {key} is a group of keys, expected values for single ones."
+            )
+        if key not in valid:
             raise KeyError(f"{source}: no config key is called {key}; {nearest(key, valid)}.")
 
 
 def _resolve(path: str, folder: str) -> str:
-    """Make a path absolute: against `folder` if it exists there, else against the working directory."""
+    """Make a path absolute: against `folder` if it exists there, else the working directory."""
     if not path or path == "auto" or "://" in path:
         return path
     path = os.path.expandvars(os.path.expanduser(path))

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Sequence
 
 COMMANDS = {
-    "compare": "train what a recipe names and report what each arm gains, with confidence intervals",
+    "compare": "train what a recipe names and report what each arm gains, with intervals",
     "show": "draw what a distiller looks at",
     "bench": "measure speed and memory side by side with other implementations",
 }

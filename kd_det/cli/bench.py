@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_det.cli.environment import describe_environment, shown_command
-from kd_det.cli.jsonfile import write_json
+from kd_det.engine.jsonfile import write_json
 
 BENCHES = {
     "ssim": "SSIM between feature maps, forward and backward",

@@ -14,7 +14,6 @@ import torch
 from kd_det.cli.environment import shown_command
 from kd_det.cli.figure import draw_report
 from kd_det.cli.ground_truth import check_test_set, load_ground_truth
-from kd_det.cli.jsonfile import write_json
 from kd_det.cli.plan import Plan, make_plan
 from kd_det.cli.progress import Display
 from kd_det.cli.recipe import Recipe, RecipeError, read_recipe
@@ -27,6 +26,7 @@ from kd_det.cli.report import (
     table,
 )
 from kd_det.cli.runs import RUNNER, RunFailed, cores, execute, read_result
+from kd_det.engine.jsonfile import write_json
 
 
 def main(argv: Sequence[str], runner: Sequence[str] = RUNNER) -> int:

@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from kd_det.cli.jsonfile import read_json
 from kd_det.cli.plan import Run
 from kd_det.cli.progress import Display, Estimator
+from kd_det.engine.jsonfile import read_json
 
 # A training run by kd_det's engine; takes train_net.py's arguments.
 RUNNER = (sys.executable, "-m", "kd_det.engine")

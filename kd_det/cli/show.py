@@ -2,7 +2,7 @@
 `kd-det show`: pictures of what a distiller looks at.
 
     kd-det show pgd  --config-file F --out PNG [KEY VALUE ...]
-    kd-det show ssim --config-file F --before CHECKPOINT --after CHECKPOINT --out PNG [KEY VALUE ...]
+    kd-det show ssim --config-file F --before A.pth --after B.pth --out PNG [KEY VALUE ...]
 
 "pgd" draws the teacher's importance of every position, per level, for both towers; "ssim" the
 structural similarity of student and teacher, per level, for two checkpoints of the student.
@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
 def _build(cfg: CfgNode, distiller: str) -> DistillationDetector:
     if not is_distillation(cfg) or distiller not in cfg.KD.DISTILLERS:
         raise ValueError(
-            f"The config's KD.DISTILLERS is {cfg.KD.DISTILLERS}; give the config of a run with {distiller}."
+            f"The config's KD.DISTILLERS is {cfg.KD.DISTILLERS}; give the config of a run with "
+            f"{distiller}."
         )
     register_from_config(cfg.KD.DATASETS)
     return cast(DistillationDetector, DistillationTrainer.build_model(cfg).eval())

@@ -14,9 +14,11 @@ class CheckedDatasetMapper(DatasetMapper):
     """
     Detectron2's `DatasetMapper`, saying which file of which data set cannot be read.
 
-    Built like its base: `CheckedDatasetMapper(cfg, is_train=True)`. Crowd annotations, which the base
-    drops, are kept as boxes under "ignored_boxes", (I, 4), where a record has any.
+    Built like its base: `CheckedDatasetMapper(cfg, is_train=True)`. Crowd annotations, which the
+    base drops, are kept as boxes under "ignored_boxes", (I, 4), where a record has any.
     """
+
+    augmentations: Any
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """

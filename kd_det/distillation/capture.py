@@ -2,8 +2,8 @@
 Capturing the outputs of named modules during one forward pass.
 
 Hooks are attached for the duration of one pass and removed after it, so a model that is evaluated,
-copied or exported carries none. Outputs are kept by reference, never cloned; a later in-place change
-of a captured tensor is detected and stops the run.
+copied or exported carries none. Outputs are kept by reference, never cloned; a later in-place
+change of a captured tensor is detected and stops the run.
 """
 
 import contextlib
@@ -78,15 +78,16 @@ class Captures:
         if not calls or (path.call is not None and path.call >= len(calls)):
             wanted = "" if path.call is None else f" call {path.call} of"
             raise RuntimeError(
-                f"Capture: wanted{wanted} module '{path.module}', but it was called {len(calls)} times "
-                "in this forward pass; capture a module that this model runs."
+                f"Capture: wanted{wanted} module '{path.module}', but it was called {len(calls)} "
+                "times in this forward pass; capture a module that this model runs."
             )
         chosen = slice(None) if path.call is None else slice(path.call, path.call + 1)
         for versions in self._versions[path.module][chosen]:
             if any(tensor._version != version for tensor, version in versions):
                 raise RuntimeError(
-                    f"Capture: the output of '{path.module}' was modified in place later in the forward "
-                    "pass; capture the module that makes the modification (e.g. the activation)."
+                    f"Capture: the output of '{path.module}' was modified in place later in the "
+                    "forward pass; capture the module that makes the modification (e.g. the "
+                    "activation)."
                 )
         return calls[chosen]
 
@@ -153,8 +154,9 @@ class FeatureCapture:
             fired = [i for i, name in enumerate(order) if name == path.module]
             if not fired or (path.call is not None and path.call >= len(fired)):
                 raise RuntimeError(
-                    f"Capture: module '{path.module}' runs {len(fired)} times in a forward pass of the "
-                    f"model in evaluation mode; wanted {'it' if path.call is None else path.call}."
+                    f"Capture: module '{path.module}' runs {len(fired)} times in a forward pass of "
+                    "the model in evaluation mode; wanted "
+                    f"{'it' if path.call is None else path.call}."
                 )
             last = max(last, fired[-1 if path.call is None else path.call] + 1)
         return last
@@ -165,7 +167,8 @@ def _activation(model: nn.Module, parent: str, index: int) -> str:
     modules = dict(model.named_modules())
     if parent not in modules:
         raise ValueError(
-            f"{type(model).__name__} has no module '{parent}'; {nearest(parent, filter(None, modules))}."
+            f"{type(model).__name__} has no module '{parent}'; "
+            f"{nearest(parent, filter(None, modules))}."
         )
     found = [
         f"{parent}.{name}".strip(".")

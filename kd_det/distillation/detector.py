@@ -34,7 +34,8 @@ class DistillationDetector(nn.Module):
 
     Attributes:
         student: the plain Detectron2 model; what ships.
-        adapters: per distiller and capture, the 1x1 convolutions of its pairs; dropped after training.
+        adapters: per distiller and capture, the 1x1 convolutions of its pairs; dropped after
+            training.
         teacher: the frozen teacher, or None; not a submodule.
     """
 
@@ -70,8 +71,8 @@ class DistillationDetector(nn.Module):
         if teacher is None and (distillers or inherit_patterns):
             raise ValueError("Distillers and KD.INHERIT need a teacher, and none was given.")
         self.student = student
-        # A plain object, not a module: the teacher must not reach the optimizer, the checkpoint, DDP
-        # or .train().
+        # A plain object, not a module: the teacher must not reach the optimizer, the checkpoint,
+        # DDP or .train().
         self.teacher = teacher
         self.distillers = nn.ModuleDict(distillers)
         self.schedules = schedules or {}
@@ -221,7 +222,8 @@ class DistillationDetector(nn.Module):
 
 def unchanged_rng() -> contextlib.AbstractContextManager[None]:
     """
-    Leave the random state as it was, so that arms with and without a teacher train on the same data.
+    Leave the random state as it was, so that arms with and without a teacher train on the same
+    data.
 
     Models draw their first weights on the CPU; other devices' generators are not touched.
     """

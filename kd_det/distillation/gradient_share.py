@@ -76,8 +76,8 @@ class GradientShare:
             self._warned.add(key)
             advice = "raise" if share < LOW else "lower"
             _logger.warning(
-                "%s: the gradient of its loss at the paired features has been %.2g times that of the "
-                "detection losses for %d measurements; %s its WEIGHT.",
+                "%s: the gradient of its loss at the paired features has been %.2g times that of "
+                "the detection losses for %d measurements; %s its WEIGHT.",
                 key,
                 share,
                 _PATIENCE,

@@ -36,7 +36,8 @@ def inherit(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]) -> 
             everything below it.
 
     Returns:
-        The keys that were copied. Every tensor a pattern names is reported in the log, copied or not.
+        The keys that were copied. Every tensor a pattern names is reported in the log, copied or
+        not.
 
     Raises:
         ValueError: a pattern names no tensor of the student, or nothing of it could be copied.

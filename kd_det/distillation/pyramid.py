@@ -62,7 +62,8 @@ def levels_of(calls: Sequence[Any], path: CapturePath) -> list[tuple[str, Tensor
     Read captured outputs as a pyramid.
 
     Args:
-        calls: outputs, one entry per call: a dict or list of maps from one call, or one map per call.
+        calls: outputs, one entry per call: a dict or list of maps from one call, or one map per
+            call.
         path: where they were captured, for the error message.
 
     Returns:
@@ -136,8 +137,8 @@ def pair_levels(
             "No level of the student's pyramid lies on the grid of a teacher level.\n"
             f"  student: {', '.join(map(str, student)) or 'no levels'}\n"
             f"  teacher: {', '.join(map(str, teacher)) or 'no levels'}\n"
-            "Capture pyramids that share strides, use a KD.STUDENT.VIEW_FACTOR that is a power of two, or "
-            "set KD.RESAMPLE_LEVELS True."
+            "Capture pyramids that share strides, use a KD.STUDENT.VIEW_FACTOR that is a power of "
+            "two, or set KD.RESAMPLE_LEVELS True."
         )
     return sorted(pairs, key=lambda pair: pair.stride)
 
@@ -179,8 +180,8 @@ def on_one_grid(
     """
     Bring two maps of a pair to the same height and width.
 
-    Both models pad their batch to their own divisor, at the right and the bottom; the maps agree cell
-    by cell from the top left, and what one has more is padding only, which is cut off.
+    Both models pad their batch to their own divisor, at the right and the bottom; the maps agree
+    cell by cell from the top left, and what one has more is padding only, which is cut off.
 
     Args:
         student, teacher: (N, C, H, W), (N, C', H', W').
@@ -194,7 +195,8 @@ def on_one_grid(
     """
     if pair.resample:
         # By the ratio of strides and not to the student's size, which depends on its own padding.
-        # The cells are rounded down: one more at the end, so that a map of one cell does not vanish.
+        # The cells are rounded down: one more at the end, so that a map of one cell does not
+        # vanish.
         teacher = F.interpolate(
             F.pad(at_least_float32(teacher), (0, 1, 0, 1), mode="replicate"),
             scale_factor=pair.scale,
@@ -211,7 +213,8 @@ def on_one_grid(
     if height + 1 < needed_height or width + 1 < needed_width:
         raise RuntimeError(
             f"Levels {pair.name}: the student's map is {tuple(student.shape[-2:])}, the teacher's "
-            f"{tuple(teacher.shape[-2:])}, but the images need {needed_height:.1f} x {needed_width:.1f} "
-            f"cells of stride {pair.stride:g}; the two models do not see the same image."
+            f"{tuple(teacher.shape[-2:])}, but the images need {needed_height:.1f} x "
+            f"{needed_width:.1f} cells of stride {pair.stride:g}; the two models do not see the "
+            "same image."
         )
     return student[..., :height, :width], teacher[..., :height, :width]

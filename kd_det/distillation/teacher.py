@@ -96,12 +96,14 @@ class Teacher:
         with capture.record(stop_after) as captures, autocast:
             self.model(self.view(inputs))
         for norm in self._cycles:
-            # It counts its calls to know the level; a pass that ended early leaves it in the middle.
+            # It counts its calls to know the level; a pass that ended early leaves it in the
+            # middle.
             norm._pos = 0
         return captures
 
     def _image(self, image: torch.Tensor) -> torch.Tensor:
-        # The model normalises by itself, with its own mean and std, after the channels are in order.
+        # The model normalises by itself, with its own mean and std, after the channels are in
+        # order.
         return image.flip(0) if self.flip_channels else image
 
 
@@ -115,8 +117,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     """
     if not cfg.KD.TEACHER.CONFIG_FILE:
         raise ValueError(
-            "KD.TEACHER.CONFIG_FILE is empty, but distillers or KD.INHERIT need a teacher; name the yaml "
-            "file the teacher was trained with."
+            "KD.TEACHER.CONFIG_FILE is empty, but distillers or KD.INHERIT need a teacher; name "
+            "the yaml file the teacher was trained with."
         )
     try:
         out = load_config(cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.OPTS)
@@ -127,7 +129,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
 
 
 def teacher_weights(cfg: CfgNode, own_cfg: CfgNode) -> str:
-    """Return the path of the teacher's checkpoint; "auto" is the final one of its own OUTPUT_DIR."""
+    """Return the teacher's checkpoint; "auto" is the final one of its own OUTPUT_DIR."""
     weights = cfg.KD.TEACHER.WEIGHTS
     if weights == "auto":
         return os.path.join(own_cfg.OUTPUT_DIR, "model_final.pth")
@@ -150,8 +152,9 @@ def build_teacher(cfg: CfgNode, *, check_classes: bool) -> Teacher:
     weights = teacher_weights(cfg, own_cfg)
     if not weights or ("://" not in weights and not os.path.isfile(weights)):
         raise FileNotFoundError(
-            f"The teacher's weights {weights!r} do not exist. Train it first (train_net.py --config-file "
-            f"{cfg.KD.TEACHER.CONFIG_FILE}), or set KD.TEACHER.WEIGHTS to its checkpoint."
+            f"The teacher's weights {weights!r} do not exist. Train it first (train_net.py "
+            f"--config-file {cfg.KD.TEACHER.CONFIG_FILE}), or set KD.TEACHER.WEIGHTS to its "
+            "checkpoint."
         )
     plain = student_cfg(own_cfg)
     if check_classes:
@@ -183,8 +186,9 @@ def other_channel_order(student: str, teacher: str) -> bool:
         return False
     if {student, teacher} != {"RGB", "BGR"}:
         raise ValueError(
-            f"The student's INPUT.FORMAT is {student!r}, the teacher's {teacher!r}; the teacher sees the "
-            "image that was loaded for the student, so both must be equal, or one RGB and one BGR."
+            f"The student's INPUT.FORMAT is {student!r}, the teacher's {teacher!r}; the teacher "
+            "sees the image that was loaded for the student, so both must be equal, or one RGB and "
+            "one BGR."
         )
     return True
 
@@ -243,8 +247,8 @@ def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ())
         lists = "\n".join(f"  {what} ({len(k)}): {_some(k)}" for what, k in problems.items() if k)
         raise ValueError(
             f"The teacher's weights {weights} do not fit the model of its config: {matched} of "
-            f"{len(wanted)} tensors matched.\n{lists}\nGive the config the weights were trained with as "
-            "KD.TEACHER.CONFIG_FILE, or list harmless keys in KD.TEACHER.IGNORE_KEYS."
+            f"{len(wanted)} tensors matched.\n{lists}\nGive the config the weights were trained "
+            "with as KD.TEACHER.CONFIG_FILE, or list harmless keys in KD.TEACHER.IGNORE_KEYS."
         )
     _logger.info("Teacher: %d of %d tensors loaded from %s", matched, len(wanted), weights)
     return path
@@ -274,26 +278,26 @@ def check_same_classes(student: CfgNode, teacher: CfgNode) -> None:
     counts = class_count(student_cfg(student)), class_count(student_cfg(teacher))
     if counts[0] != counts[1]:
         raise ValueError(
-            f"The student predicts {counts[0]} classes, the teacher {counts[1]}, and a distiller reads "
-            "class scores; both must be trained on the same classes."
+            f"The student predicts {counts[0]} classes, the teacher {counts[1]}, and a distiller "
+            "reads class scores; both must be trained on the same classes."
         )
     names = class_names(student), class_names(teacher)
     if names[0] and names[1] and names[0] != names[1]:
         pairs = enumerate(itertools.zip_longest(*names, fillvalue="none"))
         differing = [f"{i}: {a} / {b}" for i, (a, b) in pairs if a != b]
         raise ValueError(
-            "Student and teacher name their classes differently, and a distiller reads class scores "
-            f"(index: student / teacher): {_some(differing)}."
+            "Student and teacher name their classes differently, and a distiller reads class "
+            f"scores (index: student / teacher): {_some(differing)}."
         )
 
 
-def class_count(plain: CfgNode) -> int:
-    """Return the number of classes of the meta-architecture that a plain config names."""
+def class_count(plain: CfgNode) -> int | None:
+    """Return the number of classes of the model that a plain config names; None if unknown."""
     name = plain.MODEL.META_ARCHITECTURE
     if "ALIGNED" in plain.MODEL and name == "AlignedMultiScaleDetector":
         name = plain.MODEL.ALIGNED.META_ARCHITECTURE
-    node = plain.MODEL.get(name.upper(), plain.MODEL.ROI_HEADS)
-    return int(node.NUM_CLASSES)
+    node = plain.MODEL.ROI_HEADS if name == "GeneralizedRCNN" else plain.MODEL.get(name.upper())
+    return None if node is None else int(node.NUM_CLASSES)
 
 
 def class_names(cfg: CfgNode) -> list[str]:

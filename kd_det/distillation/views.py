@@ -42,8 +42,8 @@ class View:
     def __post_init__(self) -> None:
         if self.factor < 1:
             raise ValueError(
-                f"KD.STUDENT.VIEW_FACTOR is {self.factor}; the view divides the image's size by it, so "
-                "expected >= 1 (2 halves both sides)."
+                f"KD.STUDENT.VIEW_FACTOR is {self.factor}; the view divides the image's size by "
+                "it, so expected >= 1 (2 halves both sides)."
             )
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(
@@ -59,8 +59,8 @@ class View:
             batched_inputs: Detectron2's inputs: "image" (C, H, W), optionally "instances".
 
         Returns:
-            New dicts; the given ones are not changed. "height" and "width", where present, stay those
-            of the original image.
+            New dicts; the given ones are not changed. "height" and "width", where present, stay
+            those of the original image.
 
         Raises:
             ValueError: an input holds something that cannot follow the view.
@@ -128,8 +128,8 @@ def _scale_field(
     if isinstance(value, torch.Tensor) and value.dim() <= 1:
         return value
     raise ValueError(
-        f"Ground truth field {name} ({type(value).__name__}) has a geometry that a reduced view does "
-        "not know; use KD.STUDENT.VIEW_FACTOR 1 or drop the field in the dataset mapper."
+        f"Ground truth field {name} ({type(value).__name__}) has a geometry that a reduced view "
+        "does not know; use KD.STUDENT.VIEW_FACTOR 1 or drop the field in the dataset mapper."
     )
 
 

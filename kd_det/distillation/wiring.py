@@ -2,8 +2,8 @@
 From what distillers want to what models give: done once, when the model is built.
 
 Both models run once on a blank image, in evaluation mode. That shows which captures fire, how often
-and in what order (so that the teacher can stop early), and each level's real stride and channels (so
-that pyramids are paired and adapters sized).
+and in what order (so that the teacher can stop early), and each level's real stride and channels
+(so that pyramids are paired and adapters sized).
 """
 
 import contextlib
@@ -200,7 +200,7 @@ def _resolve(spec: CaptureSpec, student: nn.Module, teacher: nn.Module) -> _Want
 
 @torch.no_grad()
 def _probe(model: nn.Module, capture: FeatureCapture) -> Captures:
-    """Run the whole model on a blank image in evaluation mode; its buffers and modes stay as they are."""
+    """Run the whole model on a blank image in evaluation mode; buffers and modes stay."""
     channels = next((len(b) for n, b in model.named_buffers() if n.endswith("pixel_mean")), 3)
     image = torch.zeros(channels, _PROBE_SIDE, _PROBE_SIDE, device=next(model.parameters()).device)
     with _evaluating(model), capture.record() as captures:

@@ -54,8 +54,8 @@ class AlignedPyramid(Distiller):
             loss: "l1" (paper), "l2", "smooth_l1", "cosine" or "ssim".
             mask_padding: average over the cells on the image only (paper: off).
             student_capture: module path of the student's pyramid.
-            teacher_capture: "fusion" is the aligned teacher's fused pyramid, "detector.backbone@0" its
-                full-resolution one, "detector.backbone@1" its reduced one; "backbone" serves an
+            teacher_capture: "fusion" is the aligned teacher's fused pyramid, "detector.backbone@0"
+                its full-resolution one, "detector.backbone@1" its reduced one; "backbone" serves an
                 ordinary teacher.
             adapter: when the student's maps pass a 1x1 convolution.
 

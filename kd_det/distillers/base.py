@@ -68,7 +68,7 @@ class Pair:
     image_sizes: Tensor
 
     def valid(self) -> Tensor:
-        """Return (N, 1, H, W) float32 in {0, 1}: cells whose centre lies on the image, not on padding."""
+        """Return (N, 1, H, W) float32 in {0, 1}: 1 where a cell's centre lies on the image."""
         height, width = self.student.shape[-2:]
         device = self.student.device
         y = (torch.arange(height, device=device) + 0.5) * self.stride
@@ -149,8 +149,8 @@ class Distiller(nn.Module):
         Compute the unweighted losses of one step.
 
         Returns:
-            Scalars by part name; "" for a distiller with a single loss. Float32 at least, attached to
-            the student's graph even when there is nothing to distil.
+            Scalars by part name; "" for a distiller with a single loss. Float32 at least, attached
+            to the student's graph even when there is nothing to distil.
         """
         raise NotImplementedError
 

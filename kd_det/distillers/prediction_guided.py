@@ -7,14 +7,17 @@ ECCV 2022 (arXiv 2203.05469).
     importance  I: of each box, a Gaussian fitted to the K positions at which the teacher's class
                 score and IoU are best (`functional.gaussian_importance`), once with xi = 0.8 for
                 classification and once with 0.6 for regression
-    L = sum over levels  w_l (alpha L_fg + beta L_bg) + delta L_att      first block of the cls tower
-                       + gamma L_fea + delta L_att                       first block of the reg tower
+    L = sum over levels  w_l (alpha L_fg + beta L_bg) + delta L_att      first block of the cls
+    tower
+                       + gamma L_fea + delta L_att                       first block of the reg
+                       tower
 
 (`functional.prediction_guided` has the terms.) Beyond the paper: adapters where widths differ, and
-FEATURES "neck", which applies the classification part to the pyramid itself, so that a dense teacher
-guides a student whose head has no towers.
+FEATURES "neck", which applies the classification part to the pyramid itself, so that a dense
+teacher guides a student whose head has no towers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +44,9 @@ from kd_det.functional.level_grid import (
     split_levels,
 )
 from kd_det.functional.prediction_guided import classification_terms, regression_terms
+
+# Strides within this relative distance are the same grid.
+_SAME_GRID = 0.02
 
 
 @dataclass(frozen=True)
@@ -178,19 +184,18 @@ class PGD(Distiller):
     def _classification(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:
         if len(pairs) > len(self.level_weights):
             raise ValueError(
-                f"KD.PGD.LEVEL_WEIGHTS has {len(self.level_weights)} entries, but {len(pairs)} levels "
-                "are paired; give one per level."
+                f"KD.PGD.LEVEL_WEIGHTS has {len(self.level_weights)} entries, but {len(pairs)} "
+                "levels are paired; give one per level."
             )
         losses = []
         for pair, level_weight in zip(pairs, self.level_weights, strict=False):
-            level = _nearest(strides, pair.stride)
             terms = classification_terms(
                 pair.student,
                 pair.teacher,
-                _on_grid(masks.cls[level], pair),
-                _on_grid(masks.background[level], pair),
+                _on_grid(masks.cls, pair, strides),
+                _on_grid(masks.background, pair, strides),
                 tau=self.tau,
-                valid=_on_grid(masks.valid[level], pair),
+                valid=_on_grid(masks.valid, pair, strides),
                 mask_scope=self.mask_scope,  # type: ignore[arg-type]  # checked there
             )
             losses.append(terms.weighted(self.alpha, self.beta, self.delta, level_weight))
@@ -199,7 +204,7 @@ class PGD(Distiller):
     def _regression(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:
         losses = []
         for pair in pairs:
-            importance = _on_grid(masks.reg[_nearest(strides, pair.stride)], pair)
+            importance = _on_grid(masks.reg, pair, strides)
             terms = regression_terms(pair.student, pair.teacher, importance, tau=self.tau)
             losses.append(terms.weighted(self.gamma, self.delta))
         return torch.stack(losses).sum()
@@ -212,11 +217,25 @@ def _pad(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
     return padded, torch.arange(padded.shape[1]) < counts[:, None]
 
 
-def _nearest(strides: list[float], stride: float) -> int:
-    """Return the index of the teacher level of a pair."""
-    return min(range(len(strides)), key=lambda i: abs(strides[i] - stride))
+def _on_grid(masks: list[Tensor], pair: Pair, strides: Sequence[float]) -> Tensor:
+    """
+    Read a mask, given per teacher level, at the cells of a pair: (N, H, W) of the pair's maps.
 
-
-def _on_grid(mask: Tensor, pair: Pair) -> Tensor:
-    """Cut off what a mask has of padding beyond the pair's common grid."""
-    return mask[:, : pair.student.shape[-2], : pair.student.shape[-1]]
+    A resampled pair reads the teacher's cell in which the centre of its own cell lies.
+    """
+    gaps = [abs(math.log2(pair.stride / stride)) for stride in strides]
+    level = min(range(len(gaps)), key=gaps.__getitem__)
+    if gaps[level] > 0.5:
+        raise ValueError(
+            f"KD.PGD: the levels {pair.name} have stride {pair.stride:g}, but the teacher predicts "
+            f"at strides {', '.join(f'{stride:g}' for stride in strides)} only."
+        )
+    mask = masks[level]
+    height, width = pair.student.shape[-2:]
+    ratio = pair.stride / strides[level]
+    if abs(ratio - 1) < _SAME_GRID:
+        return mask[:, :height, :width]  # what is cut off is padding beyond the common grid
+    for dim, count in ((1, height), (2, width)):
+        cells = (torch.arange(count, device=mask.device) + 0.5) * ratio
+        mask = mask.index_select(dim, cells.long().clamp(max=mask.shape[dim] - 1))
+    return mask

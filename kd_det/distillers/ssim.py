@@ -1,8 +1,8 @@
 """
 SSIM-KD: structural similarity between paired feature maps.
 
-Paper: de Rijk, Schneider, Cordts, Gavrila, "Structural Knowledge Distillation for Object Detection",
-NeurIPS 2022 (arXiv 2211.13133).
+Paper: de Rijk, Schneider, Cordts, Gavrila, "Structural Knowledge Distillation for Object
+Detection", NeurIPS 2022 (arXiv 2211.13133).
 
     L = sum over neck levels of  mean over n, c, h, w of  (1 - l^a c^b s^g) / 2
 
@@ -52,7 +52,8 @@ class SSIM(Distiller):
     ) -> None:
         """
         Args:
-            window_size, sigma, window, border, normalize, exponents: see `functional.ssim.ssim_loss`.
+            window_size, sigma, window, border, normalize, exponents: see
+                `functional.ssim.ssim_loss`.
             mask_padding: leave the padded area of batched images out.
             student_capture, teacher_capture: module paths whose outputs are the pyramids.
             adapter: when the student's maps pass a 1x1 convolution.

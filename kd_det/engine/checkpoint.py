@@ -34,7 +34,7 @@ class KDState:
         self._model = model
 
     def state_dict(self) -> dict[str, Any]:
-        """Return adapters' and distillers' tensors, the teacher's identity, the loss normalisers."""
+        """Return adapters, distillers' tensors, the teacher's identity, the loss normalisers."""
         out: dict[str, Any] = {
             # A plain attribute of Detectron2's dense detectors, absent from their state dict. The
             # keypoint head has a word under the same name.
@@ -70,9 +70,9 @@ class KDState:
         was, now = state.get("teacher"), teacher.identity if teacher is not None else None
         if was and now and was["sha256"] != now.sha256:
             raise ValueError(
-                f"The run to resume was taught by {was['weights']} (sha256 {was['sha256'][:12]}), this "
-                f"config names {now.weights} ({now.sha256[:12]}). Resume with the same teacher, or start "
-                "afresh with MODEL.WEIGHTS set to the checkpoint."
+                f"The run to resume was taught by {was['weights']} (sha256 {was['sha256'][:12]}), "
+                f"this config names {now.weights} ({now.sha256[:12]}). Resume with the same "
+                "teacher, or start afresh with MODEL.WEIGHTS set to the checkpoint."
             )
 
 
@@ -85,8 +85,8 @@ class KDCheckpointer(DetectionCheckpointer):
     """
     Detectron2's checkpointer for the student, with whole files only.
 
-    A file appears under its name when it is complete. A damaged last checkpoint is passed over, with
-    a warning, for the newest good one.
+    A file appears under its name when it is complete. A damaged last checkpoint is passed over,
+    with a warning, for the newest good one.
     """
 
     incompatible: Any = None
@@ -124,7 +124,8 @@ class KDCheckpointer(DetectionCheckpointer):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is damaged, strict and something is missing, or nothing at all matched.
+            ValueError: the file is damaged, strict and something is missing, or nothing at all
+                matched.
         """
         if "://" not in path and not os.path.isfile(path):
             raise FileNotFoundError(f"MODEL.WEIGHTS: {path} does not exist.")
@@ -132,16 +133,16 @@ class KDCheckpointer(DetectionCheckpointer):
             self.load(path, checkpointables=[])
         except Exception as error:  # whatever a damaged file raises
             raise ValueError(
-                f"MODEL.WEIGHTS: {path} could not be read ({type(error).__name__}: {error}). Give a "
-                "complete checkpoint of kd_det or Detectron2."
+                f"MODEL.WEIGHTS: {path} could not be read ({type(error).__name__}: {error}). Give "
+                "a complete checkpoint of kd_det or Detectron2."
             ) from error
         missing = list(self.incompatible.missing_keys)
         missing += [key for key, *_ in self.incompatible.incorrect_shapes if key not in missing]
         total = len(self.model.state_dict())
         if (strict and missing) or len(missing) >= total:
             raise ValueError(
-                f"MODEL.WEIGHTS: {path} holds {total - len(missing)} of the student's {total} tensors; "
-                f"missing or of another shape: {', '.join(missing[:12])}"
+                f"MODEL.WEIGHTS: {path} holds {total - len(missing)} of the student's {total} "
+                f"tensors; missing or of another shape: {', '.join(missing[:12])}"
                 f"{' ...' if len(missing) > 12 else ''}. Give a checkpoint of this architecture."
             )
 
@@ -171,8 +172,8 @@ class KDCheckpointer(DetectionCheckpointer):
             return True
         if candidates:
             raise RuntimeError(
-                f"None of the checkpoints to resume from is readable: {', '.join(candidates)}. Remove "
-                "them and start afresh without --resume."
+                f"None of the checkpoints to resume from is readable: {', '.join(candidates)}. "
+                "Remove them and start afresh without --resume."
             )
         return False
 
@@ -180,8 +181,8 @@ class KDCheckpointer(DetectionCheckpointer):
         absent = [key for key in self.checkpointables if key not in checkpoint]
         if absent:
             raise ValueError(
-                f"{path} has no {', '.join(absent)}, so it is no checkpoint of a kd_det run to resume; "
-                "start from it with MODEL.WEIGHTS instead."
+                f"{path} has no {', '.join(absent)}, so it is no checkpoint of a kd_det run to "
+                "resume; start from it with MODEL.WEIGHTS instead."
             )
         self._load_model(checkpoint)
         wrong = [
@@ -190,7 +191,8 @@ class KDCheckpointer(DetectionCheckpointer):
         ]
         if wrong:
             raise ValueError(
-                f"{path} does not fit the student ({', '.join(wrong[:8])}); the config changed since."
+                f"{path} does not fit the student ({', '.join(wrong[:8])}); the config changed "
+                "since."
             )
         for key, value in self.checkpointables.items():
             value.load_state_dict(checkpoint[key])

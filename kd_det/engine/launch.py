@@ -87,7 +87,8 @@ def distribute(model: nn.Module) -> nn.Module:
     on_gpu = next(model.parameters()).device.type == "cuda"
     if not on_gpu and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         raise ValueError(
-            "SyncBN synchronises GPUs, and this job runs on several CPU processes; set the NORM keys that "
+            "SyncBN synchronises GPUs, and this job runs on several CPU processes; set the NORM "
+            "keys that "
             'say "SyncBN" to "BN".'
         )
     devices = [comm.get_local_rank()] if on_gpu else None

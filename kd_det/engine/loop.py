@@ -80,8 +80,8 @@ class TrainingLoop(SimpleTrainer):
         if broken:
             images = [item.get("image_id", item.get("file_name", "?")) for item in batch]
             raise FloatingPointError(
-                f"Not finite at iteration {self.iter}: {broken}. Images of the batch: {images}. All "
-                f"losses: {named}. Lower SOLVER.BASE_LR, clip gradients "
+                f"Not finite at iteration {self.iter}: {broken}. Images of the batch: {images}. "
+                f"All losses: {named}. Lower SOLVER.BASE_LR, clip gradients "
                 "(SOLVER.CLIP_GRADIENTS.ENABLED True), or look at these images' annotations."
             )
 

@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -20,7 +21,9 @@ from kd_det.config import is_distillation, load_config
 from kd_det.data import register_from_config
 from kd_det.distillation.teacher import teacher_config, teacher_weights
 from kd_det.engine.checkpoint import KDCheckpointer
+from kd_det.engine.jsonfile import read_json
 from kd_det.engine.launch import launch
+from kd_det.engine.progress import write_result
 from kd_det.engine.trainer import DistillationTrainer
 
 _logger = logging.getLogger("kd_det.engine")
@@ -82,7 +85,7 @@ def train(cfg: CfgNode, *, resume: bool) -> Any:
 
 
 def _train_missing_teacher(cfg: CfgNode) -> None:
-    """Train the teacher in its own OUTPUT_DIR where KD.TEACHER.WEIGHTS "auto" finds no checkpoint."""
+    """Train the teacher where KD.TEACHER.WEIGHTS "auto" finds no checkpoint."""
     if cfg.KD.TEACHER.WEIGHTS != "auto":
         return
     own_cfg = teacher_config(cfg)
@@ -103,8 +106,8 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> Any:
     Evaluate the student alone; no teacher is built.
 
     Args:
-        cfg: full config; MODEL.WEIGHTS is any checkpoint of kd_det or Detectron2, by default the last
-            one in OUTPUT_DIR.
+        cfg: full config; MODEL.WEIGHTS is any checkpoint of kd_det or Detectron2, by default the
+            last one in OUTPUT_DIR.
         resume: take the last one in OUTPUT_DIR whatever MODEL.WEIGHTS says.
 
     Raises:
@@ -123,7 +126,13 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> Any:
             f"Nothing to evaluate: MODEL.WEIGHTS is empty and {cfg.OUTPUT_DIR} holds no checkpoint."
         )
     checkpointer.load_student(weights, strict=True)
-    return DistillationTrainer.test(cfg, model)
+    metrics = DistillationTrainer.test(cfg, model)
+    trained = (read_json(Path(cfg.OUTPUT_DIR, "result.json")) or {}).get("iterations")
+    if comm.is_main_process() and not trained:  # a training run's own result stays
+        write_result(
+            cfg.OUTPUT_DIR, metrics=metrics, seed=cfg.SEED, iterations=0, sec_per_step=None
+        )
+    return metrics
 
 
 def _check_writable(folder: str) -> None:
@@ -134,6 +143,6 @@ def _check_writable(folder: str) -> None:
             pass
     except OSError as error:
         raise PermissionError(
-            f"OUTPUT_DIR {folder} cannot be written ({error.strerror}); set OUTPUT_DIR to a folder that "
-            "can."
+            f"OUTPUT_DIR {folder} cannot be written ({error.strerror}); set OUTPUT_DIR to a folder "
+            "that can."
         ) from error

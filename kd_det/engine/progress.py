@@ -1,21 +1,15 @@
 """Files that tell others how a run is going and what came of it."""
 
-import json
-import os
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.engine import HookBase
 
-
-def write_json(path: str, content: Any) -> None:
-    """Write a JSON file whole: under a temporary name first, then renamed."""
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(path + ".part", path)
+from kd_det.engine.jsonfile import write_json
 
 
 class ProgressFile(HookBase):
@@ -28,7 +22,7 @@ class ProgressFile(HookBase):
     """
 
     def __init__(self, output_dir: str, period: float = 1.0) -> None:
-        self._path = os.path.join(output_dir, "progress.json")
+        self._path = Path(output_dir, "progress.json")
         self._period = period
         self._written = 0.0
         self._start = 0.0
@@ -89,23 +83,47 @@ class RunResult(HookBase):
         if self.trainer.iter < self.trainer.max_iter:
             return
         seconds = self._seconds[self._WARMUP_STEPS :] or self._seconds
-        result = {
-            "metrics": getattr(self.trainer, "_last_eval_results", {}),
-            "sec_per_step": statistics.median(seconds) if seconds else None,
-            "peak_memory_mb": peak_memory_mb(),
-            "iterations": self.trainer.max_iter,
-            "seed": self._seed,
-        }
-        write_json(os.path.join(self._folder, "result.json"), result)
-        progress = {"iteration": self.trainer.max_iter, "max_iter": self.trainer.max_iter}
-        write_json(
-            os.path.join(self._folder, "progress.json"),
-            {**progress, "phase": "done", "eta_seconds": 0.0},
+        write_result(
+            self._folder,
+            metrics=getattr(self.trainer, "_last_eval_results", {}),
+            seed=self._seed,
+            iterations=self.trainer.max_iter,
+            sec_per_step=statistics.median(seconds) if seconds else None,
         )
 
 
+def write_result(
+    folder: str,
+    *,
+    metrics: dict[str, Any],
+    seed: int,
+    iterations: int,
+    sec_per_step: float | None,
+) -> None:
+    """
+    Write what came of a run to `result.json`, and to `progress.json` that it is done.
+
+    Args:
+        folder: the run's OUTPUT_DIR.
+        metrics: by task.
+        seed: the run's SEED.
+        iterations: steps trained; 0 for an evaluation.
+        sec_per_step: median of the steps' seconds, None without steps.
+    """
+    result = {
+        "metrics": metrics,
+        "sec_per_step": sec_per_step,
+        "peak_memory_mb": peak_memory_mb(),
+        "iterations": iterations,
+        "seed": seed,
+    }
+    write_json(Path(folder, "result.json"), result)
+    progress = {"iteration": iterations, "max_iter": iterations, "phase": "done"}
+    write_json(Path(folder, "progress.json"), {**progress, "eta_seconds": 0.0})
+
+
 def peak_memory_mb() -> float:
-    """Return the peak of allocated GPU memory in MiB; without a GPU, of the process's own memory."""
+    """Return the peak of allocated GPU memory in MiB; without a GPU, of the process's memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     import resource

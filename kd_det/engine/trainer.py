@@ -27,8 +27,10 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from kd_det.config import student_cfg
 from kd_det.data import CheckedDatasetMapper
 from kd_det.distillation import DistillationDetector
+from kd_det.distillation.teacher import class_count
 from kd_det.engine.checkpoint import KDCheckpointer
 from kd_det.engine.launch import distribute
 from kd_det.engine.loop import TrainingLoop
@@ -98,14 +100,8 @@ class DistillationTrainer(DefaultTrainer):
         return adamw(parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
     def _build_train_loader(self, cfg: CfgNode) -> Any:
-        dataset = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-            if cfg.MODEL.KEYPOINT_ON
-            else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        dataset = _load_dataset(cfg)
+        _check_classes(cfg, dataset)
         if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
             self._sampler = ResumableSampler(len(dataset))
         return build_detection_train_loader(
@@ -131,8 +127,8 @@ class DistillationTrainer(DefaultTrainer):
             checkpoint = next(
                 i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer)
             )
-            # Evaluating draws random numbers: the state that a checkpoint saves must be the one from
-            # which the next step starts.
+            # Evaluating draws random numbers: the state that a checkpoint saves must be the one
+            # from which the next step starts.
             hooks.insert(evaluation, hooks.pop(checkpoint))
             hooks.insert(evaluation - 1, ProgressFile(self.cfg.OUTPUT_DIR))
             hooks.append(RunResult(self.cfg.OUTPUT_DIR, self.cfg.SEED))
@@ -165,8 +161,8 @@ class DistillationTrainer(DefaultTrainer):
     def _skip_seen_data(self) -> None:
         if self._sampler is None:
             _logger.warning(
-                "DATALOADER.SAMPLER_TRAIN %s starts over on resume; the run sees the data in another "
-                "order than an uninterrupted one.",
+                "DATALOADER.SAMPLER_TRAIN %s starts over on resume; the run sees the data in "
+                "another order than an uninterrupted one.",
                 self.cfg.DATALOADER.SAMPLER_TRAIN,
             )
             return
@@ -190,6 +186,39 @@ class DistillationTrainer(DefaultTrainer):
         elif self.cfg.SEED >= 0:
             # The file holds the first process's state; the others go on with streams of their own.
             seed_all_rng(self.cfg.SEED + comm.get_rank() + self.iter * comm.get_world_size())
+
+
+def _load_dataset(cfg: CfgNode) -> list[dict[str, Any]]:
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty; name the data sets to train on.")
+    try:
+        dataset: list[dict[str, Any]] = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+            if cfg.MODEL.KEYPOINT_ON
+            else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} holds no image with an annotation to train "
+            f"on ({error}). Images without any are left out by DATALOADER.FILTER_EMPTY_ANNOTATIONS."
+        ) from error
+    return dataset
+
+
+def _check_classes(cfg: CfgNode, dataset: list[dict[str, Any]]) -> None:
+    """Refuse data with more classes than the model: their labels would mean background."""
+    plain = student_cfg(cfg)
+    count = class_count(plain)
+    labels = {item["category_id"] for record in dataset for item in record.get("annotations", [])}
+    if count is not None and labels and max(labels) >= count:
+        raise ValueError(
+            f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} has objects of class index {max(labels)}, "
+            f"but the {plain.MODEL.META_ARCHITECTURE} of this config predicts {count} classes; set "
+            f"its NUM_CLASSES to {max(labels) + 1} or more."
+        )
 
 
 def _random_state() -> dict[str, Any]:

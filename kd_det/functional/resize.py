@@ -23,8 +23,8 @@ def reduce_image(image: Tensor, factor: float, interpolation: str) -> Tensor:
     Args:
         image: (C, H, W) or (N, C, H, W), any dtype; integer images are rounded back.
         factor: >= 1; sides become ceil(side / factor).
-        interpolation: "nearest" takes every factor-th pixel, starting with the first, as MSAD's code
-            does; "bilinear" is antialiased; "area" averages the covered pixels.
+        interpolation: "nearest" takes every factor-th pixel, starting with the first, as MSAD's
+            code does; "bilinear" is antialiased; "area" averages the covered pixels.
 
     Returns:
         The reduced image, same dtype and number of dimensions.

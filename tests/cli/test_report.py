@@ -9,7 +9,7 @@ from kd_det.cli import compare
 from kd_det.cli.environment import shown_command
 from kd_det.cli.figure import pick_images
 from kd_det.cli.ground_truth import GroundTruth
-from kd_det.cli.jsonfile import read_json, write_json
+from kd_det.engine.jsonfile import read_json, write_json
 
 # Boxes 40, 38 (class disc) and 36 (class ring) pixels wide, moved by 8: IoU 32/48, 30/46 and 28/44
 # reach 4, 4 and 3 of the 10 thresholds, so AP is (40 + 30) / 2.
