@@ -1,0 +1,174 @@
+"""Repairs of what an installed Detectron2, Pillow or torch lacks."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kd_det import compat
+
+
+@pytest.fixture
+def stub() -> compat._MissingExtension:
+    return compat._MissingExtension("detectron2._C")
+
+
+def test_the_missing_extension_says_what_is_missing(stub: Any) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"detectron2._C.deform_conv_forward was called"
+    ) as error:
+        stub.deform_conv_forward(1, 2)
+    assert "does not have; install Detectron2 from source" in str(error.value)
+
+
+def test_the_missing_extension_looks_like_a_module(stub: Any) -> None:
+    """Tools that walk `sys.modules` ask for dunder names and expect AttributeError."""
+    assert not hasattr(stub, "__file__")
+    assert stub.__name__ == "detectron2._C"
+
+
+def test_the_missing_extension_answers_the_environment_report(stub: Any) -> None:
+    assert stub.has_cuda() is False
+    assert "not installed" in stub.get_compiler_version()
+    assert "not installed" in stub.get_cuda_version()
+
+
+@pytest.mark.skipif(compat.has_compiled_extension(), reason="Detectron2 is compiled here")
+def test_detectron2s_environment_report_runs_without_the_extension() -> None:
+    from detectron2.utils.collect_env import collect_env_info
+
+    assert "the C++ extension is not installed" in collect_env_info()
+
+
+@pytest.mark.skipif(compat.has_compiled_extension(), reason="Detectron2 is compiled here")
+def test_a_compiled_operator_stops_with_the_message_of_the_stub() -> None:
+    from detectron2.layers import nms_rotated
+
+    with pytest.raises((RuntimeError, AttributeError), match=r"detectron2\._C|nms_rotated"):
+        nms_rotated(torch.zeros(1, 5), torch.ones(1), 0.5)
+
+
+def test_install_is_idempotent() -> None:
+    import PIL.Image
+
+    before = sys.modules.get("detectron2._C"), PIL.Image.LINEAR
+    compat.install()
+    compat.install()
+    assert (sys.modules.get("detectron2._C"), PIL.Image.LINEAR) == before
+
+
+def test_install_keeps_a_real_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = type(sys)("detectron2._C")
+    monkeypatch.setitem(sys.modules, "detectron2._C", real)
+    compat.install()
+    assert sys.modules["detectron2._C"] is real
+
+
+def test_install_without_detectron2_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs Detectron2, and none is installed.*uv sync"):
+        compat.install()
+
+
+def test_the_pil_alias_is_made_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    monkeypatch.delattr(Image, "LINEAR", raising=False)
+    compat.install()
+    assert Image.LINEAR == Image.Resampling.BILINEAR
+    monkeypatch.setattr(Image, "LINEAR", "the installed one's")
+    compat.install()
+    assert Image.LINEAR == "the installed one's"
+
+
+def test_numpys_bool_is_made_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    if np.lib.NumpyVersion(np.__version__) < "1.24.0":
+        pytest.skip("an alias that warns")
+    monkeypatch.delattr(np, "bool", raising=False)
+    compat.install()
+    assert np.bool is np.bool_
+
+
+class TestGroupNorm:
+    @pytest.mark.parametrize(
+        ("channels", "groups"), [(256, 32), (64, 32), (48, 16), (36, 4), (7, 1), (1, 1)]
+    )
+    def test_groups_divide_the_channels(self, channels: int, groups: int) -> None:
+        norm = compat.GroupNorm(channels)
+        assert norm.num_groups == groups
+        assert norm(torch.randn(2, channels, 3, 3)).shape == (2, channels, 3, 3)
+
+    def test_of_usual_widths_is_detectron2s(self) -> None:
+        x = torch.randn(2, 64, 3, 3)
+        assert torch.equal(compat.GroupNorm(64)(x), nn.GroupNorm(32, 64)(x))
+
+    def test_head_norm(self) -> None:
+        assert compat.head_norm("GN") is compat.GroupNorm
+        assert [compat.head_norm(name) for name in ("", "BN", "SyncBN")] == ["", "BN", "SyncBN"]
+
+
+class Arbitrary:
+    """Stands for whatever code a manipulated file would run."""
+
+    def __init__(self) -> None:
+        self.value = 1
+
+
+class TestSafeLoad:
+    def save(self, folder: Path, content: Any) -> Path:
+        torch.save(content, folder / "file.pth")
+        return folder / "file.pth"
+
+    @pytest.mark.parametrize("kind", ["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "bool"])
+    def test_reads_numpy_arrays_and_scalars(self, tmp_path: Path, kind: str) -> None:
+        array = np.arange(6).reshape(2, 3).astype(kind)
+        content = {"model": {"w": array, "t": torch.ones(2)}, "iteration": array[1, 2]}
+        path = self.save(tmp_path, content)
+        with pytest.raises(Exception, match=r"[Ww]eights.?only"):
+            torch.load(path, weights_only=True)
+        with compat.safe_numpy_load():
+            found = torch.load(path, weights_only=True)
+        np.testing.assert_array_equal(found["model"]["w"], array)
+        assert found["model"]["w"].dtype == array.dtype
+        assert found["iteration"] == array[1, 2]
+
+    @pytest.mark.parametrize("module", [b"numpy.core", b"numpy._core"])
+    def test_reads_what_another_numpy_wrote(self, tmp_path: Path, module: bytes) -> None:
+        """What numpy 1 called numpy.core, numpy 2 calls numpy._core."""
+        path, array = tmp_path / "file.pth", np.ones(3, dtype="f4")
+        torch.save({"w": array}, path, _use_new_zipfile_serialization=False)
+        written = path.read_bytes()
+        assert re.search(rb"cnumpy\._?core\.multiarray\n_reconstruct", written)
+        path.write_bytes(re.sub(rb"cnumpy\._?core\.", b"c" + module + b".", written))
+        with compat.safe_numpy_load():
+            np.testing.assert_array_equal(torch.load(path, weights_only=True)["w"], array)
+
+    def test_still_refuses_arbitrary_classes(self, tmp_path: Path) -> None:
+        path = self.save(tmp_path, {"model": Arbitrary()})
+        with compat.safe_numpy_load(), pytest.raises(Exception, match=r"Arbitrary"):
+            torch.load(path, weights_only=True)
+
+    def test_still_refuses_arrays_of_objects(self, tmp_path: Path) -> None:
+        path = self.save(tmp_path, {"model": np.array([Arbitrary()], dtype=object)})
+        with compat.safe_numpy_load(), pytest.raises(Exception, match=r"[Ww]eights.?only"):
+            torch.load(path, weights_only=True)
+
+    def test_the_permission_ends_with_the_context(self, tmp_path: Path) -> None:
+        path = self.save(tmp_path, {"w": np.ones(3)})
+        with compat.safe_numpy_load():
+            torch.load(path, weights_only=True)
+        with pytest.raises(Exception, match=r"[Ww]eights.?only"):
+            torch.load(path, weights_only=True)
+
+    def test_a_torch_that_refuses_nothing_needs_no_permission(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delattr(torch.serialization, "safe_globals")
+        with compat.safe_numpy_load():
+            pass
