@@ -1,7 +1,7 @@
 """Tiny detectors, data and config files, from which tests build whole runs that take a second."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,13 +99,19 @@ class TinyTeacher:
         }
 
 
-def make_data(folder: Path, *, images: int = 8, name: str = DATA) -> dict[str, str]:
+def make_data(
+    folder: Path,
+    *,
+    images: int = 8,
+    name: str = DATA,
+    sizes: Sequence[tuple[int, int]] = ((80, 96), (96, 64)),
+) -> dict[str, str]:
     """Draw a COCO-format set with boxes, polygons and keypoints; return its KD.DATASETS entry."""
     rng = np.random.default_rng(3)
     (folder / "images").mkdir(parents=True)
     records, annotations = [], []
     for i in range(images):
-        width, height = (96, 64) if i % 2 else (80, 96)
+        width, height = sizes[i % len(sizes)]
         canvas = Image.fromarray(rng.integers(0, 60, (height, width, 3), dtype=np.uint8))
         for k in range(2):
             x, y = (int(rng.integers(2, side // 2)) for side in (width, height))
@@ -223,10 +229,9 @@ class Recorder(HookBase):
         self.steps: list[dict[str, float]] = []
 
     def after_step(self) -> None:
-        histories = self.trainer.storage.histories()
-        self.steps.append(
-            {k: h.latest() for k, h in histories.items() if "loss" in k or k.startswith("kd/")}
-        )
+        logged = self.trainer.storage.latest()
+        now = {k: value for k, (value, at) in logged.items() if at == self.trainer.iter}
+        self.steps.append({k: v for k, v in now.items() if "loss" in k or k.startswith("kd/")})
 
 
 class Interrupt(HookBase):

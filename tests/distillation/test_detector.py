@@ -1,4 +1,4 @@
-"""The wrapper: stock losses without distillers, named losses with them, the student in evaluation."""
+"""The wrapper: stock without distillers, named losses with them, the student in evaluation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -324,7 +324,7 @@ class TestReducedView:
     def test_boxes_come_out_in_the_original_frame(
         self, tiny_student: Student, tiny_records: Records, keys: dict[str, Any]
     ) -> None:
-        """As the plain student gives them for the small image, times 2, and for other sizes alike."""
+        """As the plain student gives them for the small image, times 2, and so for other sizes."""
         cfg = tiny_student("fcos", None, keys)
         model = build_model(cfg).eval()
         image = tiny_runs.batch_of(cfg, tiny_records)[0]["image"]  # (3, 96, 80)
@@ -370,7 +370,8 @@ def test_trains_three_steps(
     assert len(recorder.steps) == 3
     losses = [step["loss_kd_feature_lp"] for step in recorder.steps]
     assert all(0 < value < float("inf") for value in losses)
-    assert all(step["kd/feature_lp/grad_share"] > 0 for step in recorder.steps)
+    measured = ["kd/feature_lp/grad_share" in step for step in recorder.steps]
+    assert measured == [True, False, True]
     assert len([k for k in recorder.steps[0] if k.startswith("loss_")]) > 2
     assert (Path(cfg.OUTPUT_DIR) / "model_final.pth").is_file()
 

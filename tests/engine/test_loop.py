@@ -1,0 +1,101 @@
+"""One optimisation step: mixed precision, and broken losses."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+from tiny_runs import TinyTeacher
+from torch import nn
+
+from kd_det.engine.loop import TrainingLoop
+
+Student = Callable[..., CfgNode]
+MakeTeacher = Callable[[str], TinyTeacher]
+
+pytestmark = pytest.mark.filterwarnings("ignore:Creating a tensor from a list of numpy:UserWarning")
+
+
+class Model(nn.Module):
+    """Loss (w - x)^2, or what the batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+
+    def forward(self, batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        loss = (self.w - batch[0]["x"]).square()
+        return {"loss_a": loss, "loss_b": self.w * batch[0].get("factor", 0.0)}
+
+
+def step(*batches: list[dict[str, Any]], iteration: int = 0) -> Model:
+    model = Model()
+    loop = TrainingLoop(model, list(batches), torch.optim.SGD(model.parameters(), lr=0.1))
+    with EventStorage(iteration):
+        for loop.iter in range(iteration, iteration + len(batches)):
+            loop.run_step()
+    return model
+
+
+def test_takes_the_gradient_step() -> None:
+    """w = 1 - 0.1 * 2 * (1 - 3) = 1.4, then 1.4 - 0.1 * 2 * (1.4 - 3) = 1.72."""
+    assert step([{"x": 3.0}]).w.item() == pytest.approx(1.4)
+    assert step([{"x": 3.0}], [{"x": 3.0}]).w.item() == pytest.approx(1.72)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_loss_names_loss_iteration_and_images(factor: float) -> None:
+    broken = [
+        {"x": 3.0, "factor": factor, "image_id": 41},
+        {"image_id": 7},
+        {"file_name": "a.png"},
+    ]
+    with pytest.raises(FloatingPointError) as error:
+        step([{"x": 3.0}], broken, iteration=12)
+    message = str(error.value)
+    assert message.startswith("Not finite at iteration 13: {'loss_b':")
+    assert "[41, 7, 'a.png']" in message
+    assert "SOLVER.BASE_LR" in message
+    assert "'loss_a': 2.56" in message.replace("2.559", "2.56")
+
+
+def test_a_non_finite_loss_never_reaches_the_weights() -> None:
+    model = Model()
+    batch = [{"x": 3.0, "factor": float("nan")}]
+    loop = TrainingLoop(model, [batch], torch.optim.SGD(model.parameters(), lr=0.1))
+    with EventStorage(), pytest.raises(FloatingPointError):
+        loop.run_step()
+    assert model.w.item() == 1
+
+
+def test_evaluation_mode_is_refused() -> None:
+    model = Model()
+    loop = TrainingLoop(model, [[{"x": 1.0}]], torch.optim.SGD(model.parameters(), lr=0.1))
+    model.eval()
+    with pytest.raises(RuntimeError, match="switched to evaluation mode"):
+        loop.run_step()
+
+
+@pytest.mark.parametrize("detector", ["fcos", "retinanet", "faster_rcnn", "keypoint_rcnn"])
+def test_mixed_precision(tiny_student: Student, tiny_teacher: MakeTeacher, detector: str) -> None:
+    """bfloat16 on the CPU: activations are half, weights and the distiller's loss are not."""
+    cfg = tiny_student(detector, tiny_teacher("fcos"), {"SOLVER.AMP.ENABLED": True})
+    trainer = tiny_runs.DistillationTrainer(cfg)
+    seen: set[torch.dtype] = set()
+    trainer.model.student.backbone.register_forward_hook(
+        lambda m, a, out: seen.update(x.dtype for x in out.values())
+    )
+    losses: set[torch.dtype] = set()
+    trainer.model.register_forward_hook(
+        lambda m, a, out: losses.add(out["loss_kd_feature_lp"].dtype)
+    )
+    recorder = tiny_runs.Recorder()
+    trainer.register_hooks([recorder])
+    trainer.train()
+    assert seen == {torch.bfloat16}
+    assert losses == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert all(0 < x["loss_kd_feature_lp"] < float("inf") for x in recorder.steps)
