@@ -75,6 +75,9 @@ def _add_fcos(cfg: CfgNode) -> None:
     cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
     # Class probability every position starts with.
     cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # Distance in strides from a position to each side of its box that training starts with.
+    # Detectron2's is 0, where the ReLU of its boxes may die: from random weights give 2, well inside.
+    cfg.MODEL.FCOS.BOX_BIAS = 0.0
     # Detections below this score are dropped. The score is sqrt(class * centerness), so 0.2 means
     # the product 0.04.
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2

@@ -46,6 +46,7 @@ class FCOS(detectron2_fcos.FCOS):
             norm=head_norm(fcos.NORM),
             prior_prob=fcos.PRIOR_PROB,
         )
+        torch.nn.init.constant_(head.bbox_pred.bias, fcos.BOX_BIAS)
         return {
             "backbone": backbone,
             "head": head,

@@ -141,6 +141,11 @@ def test_initial_class_probability_is_the_prior() -> None:
     torch.testing.assert_close(probability, torch.full((CLASSES,), 0.2))
 
 
+def test_boxes_start_at_the_given_distance() -> None:
+    assert make_model("MODEL.FCOS.BOX_BIAS", 2.0).head.bbox_pred.bias.tolist() == [2.0] * 4
+    assert make_model().head.bbox_pred.bias.tolist() == [0.0] * 4  # Detectron2's
+
+
 def test_image_without_boxes_adds_background_only() -> None:
     model = make_model()
     full = losses_of(model, [with_objects()])
