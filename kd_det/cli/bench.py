@@ -12,6 +12,7 @@ from kd_det.engine.jsonfile import write_json
 BENCHES = {
     "ssim": "SSIM between feature maps, forward and backward",
     "pgd": "PGD's quality scores and importance maps",
+    "msad": "what a low-resolution student saves as a whole model",
 }
 
 
