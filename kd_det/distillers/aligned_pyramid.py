@@ -11,7 +11,6 @@ alpha * T^2 / T with the paper's alpha 0.2 and temperature 3. An ordinary high-r
 teaches in the same way, with its p3..p7.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,14 +18,8 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_det.distillers.base import (
-    DISTILLER_REGISTRY,
-    AdapterMode,
-    CaptureSpec,
-    Distiller,
-    Pair,
-    Step,
-)
+from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
+from kd_det.distillers.pyramid_distance import PyramidDistiller
 from kd_det.functional.distance import at_least_float32, masked_mean, mean_distance
 from kd_det.functional.ssim import ssim_loss
 
@@ -34,7 +27,7 @@ LOSSES = ("l1", "l2", "smooth_l1", "cosine", "ssim")
 
 
 @DISTILLER_REGISTRY.register()
-class AlignedPyramid(Distiller):
+class AlignedPyramid(PyramidDistiller):
     """Sum over paired levels of a distance to the teacher's aligned pyramid."""
 
     config_key = "ALIGNED_PYRAMID"
@@ -62,39 +55,26 @@ class AlignedPyramid(Distiller):
         Raises:
             ValueError: the loss has no such name.
         """
-        super().__init__()
+        super().__init__(
+            mask_padding=mask_padding,
+            student_capture=student_capture,
+            teacher_capture=teacher_capture,
+            adapter=adapter,
+        )
         if loss not in LOSSES:
             raise ValueError(
                 f"KD.ALIGNED_PYRAMID.LOSS is {loss!r}, expected one of {', '.join(LOSSES)}."
             )
         self.loss = loss
-        self.mask_padding = mask_padding
-        self.spec = CaptureSpec("features", student_capture, teacher_capture)
-        self.adapter = adapter
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Translate KD.ALIGNED_PYRAMID."""
         node = cfg.KD.ALIGNED_PYRAMID
-        return {
-            "loss": node.LOSS,
-            "mask_padding": node.MASK_PADDING,
-            "student_capture": node.STUDENT_CAPTURE,
-            "teacher_capture": node.TEACHER_CAPTURE,
-            "adapter": node.ADAPTER,
-        }
+        return {"loss": node.LOSS, **cls.common_arguments(node)}
 
-    def captures(self) -> Sequence[CaptureSpec]:
-        """Return the one pyramid that is compared."""
-        return [self.spec]
-
-    def forward(self, step: Step) -> dict[str, Tensor]:
-        """Return the single loss."""
-        losses = [self._level(pair) for pair in step.pairs[self.spec.name]]
-        return {"": torch.stack(losses).sum()}
-
-    def _level(self, pair: Pair) -> Tensor:
-        mask = pair.valid() if self.mask_padding else None
+    def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
+        """Return the distance of a pair."""
         if self.loss in ("l1", "l2"):
             p = 1 if self.loss == "l1" else 2
             return mean_distance(pair.student, pair.teacher, p=p, mask=mask)

@@ -8,25 +8,18 @@ both maps is first standardised over the image, which makes the L2 distance that
 correlation (PKD, Cao et al., NeurIPS 2022).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
-from kd_det.distillers.base import (
-    DISTILLER_REGISTRY,
-    AdapterMode,
-    CaptureSpec,
-    Distiller,
-    Step,
-)
+from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
+from kd_det.distillers.pyramid_distance import PyramidDistiller
 from kd_det.functional.distance import masked_standardize, mean_distance
 
 
 @DISTILLER_REGISTRY.register()
-class FeatureLp(Distiller):
+class FeatureLp(PyramidDistiller):
     """Sum over paired levels of the mean L1 or L2 distance."""
 
     config_key = "FEATURE_LP"
@@ -46,46 +39,31 @@ class FeatureLp(Distiller):
         Args:
             p: exponent of the distance, 1 or 2.
             normalize: standardise each channel over the image first.
-            mask_padding: average over the cells on the image only.
-            student_capture, teacher_capture: module paths whose outputs are the pyramids.
-            adapter: when the student's maps pass a 1x1 convolution.
+            mask_padding, student_capture, teacher_capture, adapter: see `PyramidDistiller`.
 
         Raises:
             ValueError: p is neither 1 nor 2.
         """
-        super().__init__()
+        super().__init__(
+            mask_padding=mask_padding,
+            student_capture=student_capture,
+            teacher_capture=teacher_capture,
+            adapter=adapter,
+        )
         if p not in (1, 2):
             raise ValueError(f"KD.FEATURE_LP.P is {p}, expected 1 or 2.")
         self.p = p
         self.normalize = normalize
-        self.mask_padding = mask_padding
-        self.spec = CaptureSpec("features", student_capture, teacher_capture)
-        self.adapter = adapter
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Translate KD.FEATURE_LP."""
         node = cfg.KD.FEATURE_LP
-        return {
-            "p": node.P,
-            "normalize": node.NORMALIZE,
-            "mask_padding": node.MASK_PADDING,
-            "student_capture": node.STUDENT_CAPTURE,
-            "teacher_capture": node.TEACHER_CAPTURE,
-            "adapter": node.ADAPTER,
-        }
+        return {"p": node.P, "normalize": node.NORMALIZE, **cls.common_arguments(node)}
 
-    def captures(self) -> Sequence[CaptureSpec]:
-        """Return the one pyramid that is compared."""
-        return [self.spec]
-
-    def forward(self, step: Step) -> dict[str, Tensor]:
-        """Return the single loss."""
-        losses = []
-        for pair in step.pairs[self.spec.name]:
-            mask = pair.valid() if self.mask_padding else None
-            student, teacher = pair.student, pair.teacher
-            if self.normalize:
-                student, teacher = (masked_standardize(x, mask=mask) for x in (student, teacher))
-            losses.append(mean_distance(student, teacher, p=self.p, mask=mask))
-        return {"": torch.stack(losses).sum()}
+    def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
+        """Return the mean L1 or L2 distance of a pair."""
+        student, teacher = pair.student, pair.teacher
+        if self.normalize:
+            student, teacher = (masked_standardize(x, mask=mask) for x in (student, teacher))
+        return mean_distance(student, teacher, p=self.p, mask=mask)

@@ -11,26 +11,18 @@ maps that were min-max normalised; the student's pass a 1x1 convolution first wh
 The detector's own losses stay as they are; the weight (lambda) is 2 or 4.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
-from kd_det.distillers.base import (
-    DISTILLER_REGISTRY,
-    AdapterMode,
-    CaptureSpec,
-    Distiller,
-    Pair,
-    Step,
-)
+from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
+from kd_det.distillers.pyramid_distance import PyramidDistiller
 from kd_det.functional.ssim import ssim_loss
 
 
 @DISTILLER_REGISTRY.register()
-class SSIM(Distiller):
+class SSIM(PyramidDistiller):
     """Sum over paired levels of the mean structural dissimilarity."""
 
     config_key = "SSIM"
@@ -54,20 +46,20 @@ class SSIM(Distiller):
         Args:
             window_size, sigma, window, border, normalize, exponents: see
                 `functional.ssim.ssim_loss`.
-            mask_padding: leave the padded area of batched images out.
-            student_capture, teacher_capture: module paths whose outputs are the pyramids.
-            adapter: when the student's maps pass a 1x1 convolution.
+            mask_padding, student_capture, teacher_capture, adapter: see `PyramidDistiller`.
         """
-        super().__init__()
+        super().__init__(
+            mask_padding=mask_padding,
+            student_capture=student_capture,
+            teacher_capture=teacher_capture,
+            adapter=adapter,
+        )
         self.window_size = window_size
         self.sigma = sigma
         self.window = window
         self.border = border
         self.normalize = normalize
         self.exponents = exponents
-        self.mask_padding = mask_padding
-        self.spec = CaptureSpec("features", student_capture, teacher_capture)
-        self.adapter = adapter
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -81,22 +73,11 @@ class SSIM(Distiller):
             "border": node.BORDER,
             "normalize": node.NORMALIZE,
             "exponents": (luminance, contrast, structure),
-            "mask_padding": node.MASK_PADDING,
-            "student_capture": node.STUDENT_CAPTURE,
-            "teacher_capture": node.TEACHER_CAPTURE,
-            "adapter": node.ADAPTER,
+            **cls.common_arguments(node),
         }
 
-    def captures(self) -> Sequence[CaptureSpec]:
-        """Return the one pyramid that is compared."""
-        return [self.spec]
-
-    def forward(self, step: Step) -> dict[str, Tensor]:
-        """Return the single loss."""
-        losses = [self._level(pair) for pair in step.pairs[self.spec.name]]
-        return {"": torch.stack(losses).sum()}
-
-    def _level(self, pair: Pair) -> Tensor:
+    def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
+        """Return the mean structural dissimilarity of a pair."""
         return ssim_loss(
             pair.student,
             pair.teacher,
@@ -106,5 +87,5 @@ class SSIM(Distiller):
             border=self.border,
             normalize=self.normalize,
             exponents=self.exponents,
-            mask=pair.valid() if self.mask_padding else None,
+            mask=mask,
         )
