@@ -155,7 +155,7 @@ def noise(*shape: int, seed: int) -> Tensor:
 
 
 def make_scene(names: tuple[str, ...], channels: int = 4) -> Scene:
-    """Draw the features of the named captures and the teacher's predictions, in float64."""
+    """Draw the features of the named captures in float64, the teacher's predictions in float32."""
     images = len(IMAGE_SIZES)
 
     def draw(count: int, seed: int) -> Maps:
@@ -164,8 +164,8 @@ def make_scene(names: tuple[str, ...], channels: int = 4) -> Scene:
     return Scene(
         student={name: draw(channels, 10 * i) for i, name in enumerate(names)},
         teacher={name: draw(channels, 10 * i + 5) for i, name in enumerate(names)},
-        logits=draw(K, 100),
-        offsets=[16 + 4 * x for x in draw(4, 110)],
+        logits=[x.float() for x in draw(K, 100)],
+        offsets=[16 + 4 * x.float() for x in draw(4, 110)],
         boxes=BOXES,
         classes=CLASSES,
         image_sizes=IMAGE_SIZES,
