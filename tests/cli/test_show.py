@@ -1,0 +1,53 @@
+"""The pictures of `kd-det show`, from tiny runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+from detectron2.modeling import build_model
+from PIL import Image
+from tiny_runs import TinyTeacher
+
+from kd_det.cli.show import main
+from kd_det.config import load_config, student_cfg
+
+
+@pytest.fixture
+def config(
+    tiny_data: dict[str, str], tiny_teacher: Callable[[str], TinyTeacher], tmp_path: Path
+) -> Path:
+    keys = {
+        **tiny_runs.distil_keys("fcos", tiny_teacher("fcos")),
+        "KD.DISTILLERS": ["PGD", "SSIM"],
+        "KD.DATASETS": [tiny_data],
+        "DATASETS.TEST": [tiny_runs.DATA],
+    }
+    return tiny_runs.write_config(tmp_path / "student.yaml", "fcos", keys)
+
+
+def save_student(config: Path, path: Path) -> str:
+    model = build_model(student_cfg(load_config(str(config))))
+    torch.save({"model": model.state_dict()}, path)
+    return str(path)
+
+
+def test_importance_of_every_level_is_drawn(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pgd.png"
+    assert main(["pgd", "--config-file", str(config), "--images", "2", "--out", str(out)]) == 0
+    assert len(Image.open(out).convert("L").getcolors()) > 50
+
+
+def test_similarity_before_and_after_is_drawn(config: Path, tmp_path: Path) -> None:
+    student = save_student(config, tmp_path / "a.pth")
+    out = tmp_path / "ssim.png"
+    words = ["ssim", "--config-file", str(config), "--before", student, "--after", student]
+    assert main([*words, "--images", "1", "--out", str(out)]) == 0
+    assert len(Image.open(out).convert("L").getcolors()) > 50
+
+
+def test_a_config_without_the_distiller_is_refused(config: Path, tmp_path: Path) -> None:
+    words = ["pgd", "--config-file", str(config), "--out", str(tmp_path / "x.png")]
+    with pytest.raises(ValueError, match=r"KD.DISTILLERS is \['SSIM'\]; give the config .* PGD"):
+        main([*words, "KD.DISTILLERS", "['SSIM']"])

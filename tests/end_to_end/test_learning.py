@@ -1,0 +1,39 @@
+"""Whole small trainings on the built-in shapes: every dense detector learns, distillation bites."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_det.engine.main import main
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "shapes"
+SHORT = ["SOLVER.MAX_ITER", "120", "SOLVER.WARMUP_ITERS", "20", "DATASETS.TEST", "[]"]
+
+pytestmark = pytest.mark.slow
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.json").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "total_loss" in row]
+
+
+@pytest.mark.parametrize("config", ["student.yaml", "atss.yaml", "gfl.yaml"])
+def test_a_detector_learns(config: str, tmp_path: Path) -> None:
+    main(["--config-file", str(CONFIGS / config), *SHORT, "OUTPUT_DIR", str(tmp_path)])
+    rows = losses(tmp_path)
+    assert rows[-1]["total_loss"] < 0.8 * rows[0]["total_loss"]
+
+
+@pytest.mark.parametrize("config", ["feature_lp.yaml", "ssim.yaml", "pgd.yaml"])
+def test_a_student_comes_closer_to_its_teacher(config: str, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    main(["--config-file", str(CONFIGS / "teacher.yaml"), *SHORT, "OUTPUT_DIR", str(teacher)])
+    out = tmp_path / "student"
+    weights = ["KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth"), "OUTPUT_DIR", str(out)]
+    main(["--config-file", str(CONFIGS / config), *SHORT, *weights])
+    rows = losses(out)
+    distilled = [sum(v for k, v in row.items() if k.startswith("loss_kd_")) for row in rows]
+    assert distilled[-1] < 0.9 * distilled[0]
+    assert rows[-1]["loss_fcos_cls"] < rows[0]["loss_fcos_cls"]
