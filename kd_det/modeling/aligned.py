@@ -114,6 +114,17 @@ class AlignedMultiScaleDetector(nn.Module):
                 f"MODEL.ALIGNED.META_ARCHITECTURE is {cls.__name__} itself; name the detector to "
                 "wrap, e.g. RetinaNet."
             )
+        if cfg.TEST.PRECISE_BN.ENABLED:
+            raise ValueError(
+                f"TEST.PRECISE_BN.ENABLED is True, but a {cls.__name__} normalises views of "
+                "several resolutions in each pass, and precise statistics would be the last "
+                "view's alone; set it False (MODEL.ALIGNED.SPLIT_BN gives each view its own)."
+            )
+        if cfg.VIS_PERIOD > 0:
+            raise ValueError(
+                f"VIS_PERIOD is {cfg.VIS_PERIOD}, but a {cls.__name__} draws no training images; "
+                "set it 0."
+            )
         return {
             "detector": META_ARCH_REGISTRY.get(options.META_ARCHITECTURE)(cfg),
             "factor": options.FACTOR,
