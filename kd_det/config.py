@@ -335,7 +335,8 @@ def _add_aligned_pyramid(kd: CfgNode) -> None:
     kd.ALIGNED_PYRAMID = _feature_keys(weight=0.6)
     kd.ALIGNED_PYRAMID.SCHEDULE.WARMUP_ITERS = 500
     # "fusion": the aligned teacher's fused pyramid; "detector.backbone@0" / "@1": its pyramid of
-    # the full / reduced view; "backbone": an ordinary teacher's.
+    # the full / reduced view (its MODEL.ALIGNED.EVAL_BRANCH must be "fused": the others run one
+    # view only); "backbone": an ordinary teacher's.
     kd.ALIGNED_PYRAMID.TEACHER_CAPTURE = "fusion"
     # "l1" (paper), "l2", "smooth_l1", "cosine" or "ssim".
     kd.ALIGNED_PYRAMID.LOSS = "l1"
