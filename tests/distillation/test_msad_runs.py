@@ -222,15 +222,15 @@ def test_overfitting_raises_the_students_ap_above_its_start(
         "SOLVER.OPTIMIZER": "AdamW",
         "SOLVER.BASE_LR": 0.002,
         "SOLVER.IMS_PER_BATCH": 4,
-        "SOLVER.MAX_ITER": 150,
     }
-    own = {**tiny_msad.teacher_keys("fcos"), **shared}
+    own = {**tiny_msad.teacher_keys("fcos"), **shared, "SOLVER.MAX_ITER": 70}
     config = tiny_runs.write_config(tmp_path / "teacher.yaml", "fcos", own, r50=True)
     teacher = TinyTeacher(config, tmp_path / "teacher" / "model_final.pth")
     fused = main(["--config-file", str(config)])["bbox"]["AP50"]
     path = tmp_path / "student.yaml"
     keys = {**tiny_msad.msad_keys("fcos", teacher), **shared}
-    tiny_runs.write_config(path, "fcos", {**keys, "MODEL.FCOS.SCORE_THRESH_TEST": 0.05}, r50=True)
+    keys |= {"SOLVER.MAX_ITER": 120, "SOLVER.STEPS": [90], "MODEL.FCOS.SCORE_THRESH_TEST": 0.05}
+    tiny_runs.write_config(path, "fcos", keys, r50=True)
     start = main(["--config-file", str(path), "SOLVER.BASE_LR", "0.0", "SOLVER.MAX_ITER", "1"])
     student = main(["--config-file", str(path)])
     assert student["bbox"]["AP"] > start["bbox"]["AP"] > 0
