@@ -7,6 +7,7 @@ nearest valid ones) and resolves the paths a file names against that file's own 
 
 import difflib
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ def _add_fcos(cfg: CfgNode) -> None:
     # Class probability every position starts with.
     cfg.MODEL.FCOS.PRIOR_PROB = 0.01
     # Distance in strides from a position to each side of its box that training starts with.
-    # Detectron2's is 0, where the ReLU of its boxes may die: from random weights give 2, well inside.
+    # Detectron2's is 0, where the ReLU of its boxes may die: from random weights give 2.
     cfg.MODEL.FCOS.BOX_BIAS = 0.0
     # Detections below this score are dropped. The score is sqrt(class * centerness), so 0.2 means
     # the product 0.04.
@@ -356,7 +357,8 @@ def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: the file, or a `_BASE_`, does not exist.
-        ValueError: the file is no yaml mapping, or gives one value to a whole group of keys.
+        ValueError: the file is no yaml mapping, gives one value to a whole group of keys, or sets
+            distillation keys while MODEL.META_ARCHITECTURE is a plain detector.
         KeyError: a key nobody knows; the message lists the nearest valid ones.
     """
     cfg = get_cfg()
@@ -368,7 +370,21 @@ def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
         _resolve_paths(content, os.path.dirname(os.path.abspath(path)))
         cfg.merge_from_other_cfg(CN(content))
     _apply_overrides(cfg, opts)
+    _refuse_idle_settings(cfg, config_file)
     return cfg
+
+
+def _refuse_idle_settings(cfg: CfgNode, config_file: str) -> None:
+    """Refuse distillation settings in a config that distils nothing."""
+    idle = [key for key in ("DISTILLERS", "INHERIT") if cfg.KD[key]]
+    idle += ["STUDENT.VIEW_FACTOR"] if cfg.KD.STUDENT.VIEW_FACTOR != 1 else []
+    if idle and not is_distillation(cfg):
+        name = cfg.MODEL.META_ARCHITECTURE
+        raise ValueError(
+            f"{config_file}: KD.{' and KD.'.join(idle)} would have no effect, because "
+            f"MODEL.META_ARCHITECTURE is {name}. Set it to DistillationDetector, and "
+            f"KD.STUDENT.META_ARCHITECTURE to {name}."
+        )
 
 
 def _apply_overrides(cfg: CfgNode, opts: Sequence[Any]) -> None:
@@ -451,7 +467,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         )
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = _parse_yaml(file.read(), path)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"{path} is not a yaml config file ({type(error).__name__}). If it is a checkpoint, "
@@ -460,6 +476,15 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, expected a yaml mapping of keys.")
     return content
+
+
+def _parse_yaml(text: str, path: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.constructor.ConstructorError:
+        # Detectron2's own RetinaNet files compute anchor sizes with a Python tag; it reads them so.
+        warnings.warn(f"{path} has Python tags in its yaml; they are executed.", stacklevel=2)
+        return yaml.unsafe_load(text)
 
 
 def _leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -83,7 +83,10 @@ class TestKeys:
             for name in parents:
                 node = node.setdefault(name, {})
             node[leaf] = list(value) if isinstance(value, tuple) else value
+        # Distillation keys are refused where nothing distils.
+        nested["MODEL"]["META_ARCHITECTURE"] = "DistillationDetector"
         opts = [word for key, value in changed.items() for word in (key, str(value))]
+        opts += ["MODEL.META_ARCHITECTURE", "DistillationDetector"]
         # Words, as from a command line; numbers and lists are read from them.
         for cfg in (load_config(write(nested)), load_config(write("SEED: 1", "b.yaml"), opts)):
             for key, value in changed.items():
@@ -207,8 +210,32 @@ class TestOverrides:
 
     def test_they_win_over_the_file(self, write: Write) -> None:
         opts = ["SEED", "4", "KD.DISTILLERS", "['SSIM']", "KD.STUDENT.VIEW_FACTOR", "2.0"]
+        opts += ["MODEL.META_ARCHITECTURE", "DistillationDetector"]
         cfg = load_config(write({"SEED": 1, "KD": {"DISTILLERS": ["PGD"]}}), opts)
         assert (cfg.SEED, cfg.KD.DISTILLERS, cfg.KD.STUDENT.VIEW_FACTOR) == (4, ["SSIM"], 2.0)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("KD.DISTILLERS", "['SSIM']"),
+            ("KD.INHERIT", "['head']"),
+            ("KD.STUDENT.VIEW_FACTOR", "2.0"),
+        ],
+    )
+    def test_distillation_settings_of_a_plain_detector(
+        self, write: Write, key: str, value: str
+    ) -> None:
+        plain = {"MODEL": {"META_ARCHITECTURE": "FCOS"}}
+        with pytest.raises(ValueError, match=f"{key} would have no effect.*is FCOS. Set it to Dis"):
+            load_config(write(plain), [key, value])
+
+
+class TestYaml:
+    def test_python_tags_of_detectron2s_own_files_are_read(self, write: Write) -> None:
+        text = "MODEL: {ANCHOR_GENERATOR: {SIZES: !!python/object/apply:eval ['[[8, 8 * 2]]']}}"
+        with pytest.warns(UserWarning, match="has Python tags in its yaml"):
+            cfg = load_config(write(text))
+        assert cfg.MODEL.ANCHOR_GENERATOR.SIZES == [[8, 16]]
 
 
 class TestPaths:

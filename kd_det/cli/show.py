@@ -27,12 +27,15 @@ from kd_det.distillation.detector import targets_of
 from kd_det.distillers import PGD, SSIM, Pair
 from kd_det.engine.checkpoint import KDCheckpointer
 from kd_det.engine.trainer import DistillationTrainer
-from kd_det.functional.ssim import ssim_map
 
 
 def main(argv: Sequence[str]) -> int:
     """Draw the picture; return the process's exit code."""
-    parser = argparse.ArgumentParser(prog="kd-det show", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="kd-det show",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", choices=["pgd", "ssim"])
     parser.add_argument("--config-file", required=True, help="config of a run with that distiller")
     parser.add_argument("--out", required=True, type=Path, help="PNG file")
@@ -40,8 +43,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--skip", type=int, default=0, help="images of the test set to pass over")
     parser.add_argument("--before", help="ssim: checkpoint of the student, say without a teacher")
     parser.add_argument("--after", help="ssim: checkpoint of the distilled student")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
-    args = parser.parse_args(argv)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides")
+    args = parser.parse_intermixed_args(argv)
     if args.what == "ssim" and not (args.before and args.after):
         parser.error("ssim needs --before and --after, two checkpoints of the student")
     cfg = load_config(args.config_file, args.opts)
@@ -123,13 +126,16 @@ def _similarity(
     """Return per column the channels' mean SSIM, (N, H, W) clipped to [0, 1], and its stride."""
     columns = {}
     distiller = cast(SSIM, model.distillers["SSIM"])
+    if any(True for _ in model.adapters.parameters()):
+        raise ValueError(
+            "This config has adapters between student and teacher, which a student trained alone "
+            "has not; give a config whose student has the teacher's channels."
+        )
     for when, path in checkpoints.items():
-        checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR)
-        checkpointer.load_student(path, strict=True)
+        KDCheckpointer(model, cfg.OUTPUT_DIR).load_student(path, strict=True)
         pairs, _ = _pairs(model, batch, "SSIM")
         for pair in pairs[distiller.spec.name]:
-            similarity = ssim_map(pair.student, pair.teacher, normalize=distiller.normalize)
-            values = similarity.mean(1).clamp(0, 1)
+            values = distiller.similarity(pair).mean(1).clamp(0, 1)
             columns[f"{when}, stride {pair.stride:g}"] = (values, pair.stride)
     # The two checkpoints' maps of a level side by side.
     order = sorted(columns, key=lambda name: float(name.rsplit(" ", 1)[1]))

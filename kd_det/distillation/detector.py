@@ -153,6 +153,11 @@ class DistillationDetector(nn.Module):
         Returns:
             In training, the student's losses and `loss_kd_*`; in evaluation, the student's outputs.
         """
+        # Once for both models; views are computed where the models run.
+        batched_inputs = [
+            {**item, "image": item["image"].to(self.device, non_blocking=True)}
+            for item in batched_inputs
+        ]
         inputs = self.view(batched_inputs)
         if not self.training:
             return self.student(inputs)
@@ -205,8 +210,8 @@ class DistillationDetector(nn.Module):
         """
         Zero losses that touch the adapters of distillers that rest.
 
-        A parameter without gradient would stall DDP's reduction, and a loss key that comes and goes
-        would break the metrics of several processes.
+        A parameter without gradient would stall DDP's reduction. All processes rest at the same
+        iterations, so their loss keys stay the same.
         """
         out: LossDict = {}
         for key in keys:

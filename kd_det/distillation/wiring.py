@@ -93,7 +93,7 @@ class Wiring:
     stop_after: int
     wanted: dict[str, list[_Wanted]]
     adapters: dict[str, nn.ModuleList]
-    teacher_model: nn.Module
+    teacher: Teacher
 
     def gather(
         self,
@@ -121,7 +121,9 @@ class Wiring:
             if item.teacher is not None:
                 outputs: Any = teacher.get(item.teacher)
                 if item.spec.kind == "predictions":
-                    outputs = decode_dense(self.teacher_model, outputs[0])
+                    outputs = decode_dense(self.teacher.model, outputs[0])
+                    # In the loaded image's pixels, as the ground truth is.
+                    outputs = outputs.scaled(self.teacher.view.factor)
                 seen.teacher[name] = outputs
         return seen
 
@@ -186,7 +188,7 @@ def wire(
         stop_after=teacher_capture.count_needed(other.captures.order),
         wanted=wanted,
         adapters=adapters,
-        teacher_model=teacher.model,
+        teacher=teacher,
     )
 
 

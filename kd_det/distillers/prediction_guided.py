@@ -42,6 +42,7 @@ from kd_det.functional.level_grid import (
     positions_in_boxes,
     positions_in_images,
     split_levels,
+    to_device,
 )
 from kd_det.functional.prediction_guided import classification_terms, regression_terms
 
@@ -175,10 +176,10 @@ class PGD(Distiller):
             gate=self.gate,  # type: ignore[arg-type]  # checked there
             position_valid=valid,
         )
-        background = ~positions_in_boxes(levels, boxes, present).to(device)
+        background = ~to_device(positions_in_boxes(levels, boxes, present), device)
         if self.mask_ignored:
             ignored, some = _pad(targets.ignored)
-            background &= ~positions_in_boxes(levels, ignored, some).to(device)
+            background &= ~to_device(positions_in_boxes(levels, ignored, some), device)
         return Masks(*(split_levels(x, levels) for x in (cls, reg, background, valid)))
 
     def _classification(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
 from kd_det.distillers.pyramid_distance import PyramidDistiller
-from kd_det.functional.ssim import ssim_loss
+from kd_det.functional.ssim import ssim_loss, ssim_map
 
 
 @DISTILLER_REGISTRY.register()
@@ -88,4 +88,17 @@ class SSIM(PyramidDistiller):
             normalize=self.normalize,
             exponents=self.exponents,
             mask=mask,
+        )
+
+    def similarity(self, pair: Pair) -> Tensor:
+        """Return the SSIM of a pair at every position, (N, C, H, W) in [-1, 1], for pictures."""
+        return ssim_map(
+            pair.student,
+            pair.teacher,
+            window_size=self.window_size,
+            sigma=self.sigma,
+            window=self.window,
+            border=self.border,
+            normalize=self.normalize,
+            exponents=self.exponents,
         )

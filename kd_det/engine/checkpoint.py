@@ -57,8 +57,9 @@ class KDState:
         Restore what `state_dict` returned.
 
         Raises:
-            ValueError: the checkpoint was made with another teacher.
+            ValueError: the checkpoint was made with another teacher or other distillers.
         """
+        self._check(state)
         modules = dict(student_of(self._model).named_modules())
         for name, value in state[_NORMALIZER].items():
             setattr(modules[name], _NORMALIZER, value)
@@ -66,13 +67,25 @@ class KDState:
             return
         self._model.adapters.load_state_dict(state["adapters"])
         self._model.distillers.load_state_dict(state["distillers"])
-        teacher = self._model.teacher
-        was, now = state.get("teacher"), teacher.identity if teacher is not None else None
-        if was and now and was["sha256"] != now.sha256:
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Compare what a checkpoint was made with to this run, before anything is changed."""
+        now = self.state_dict()
+        advice = "or start afresh with MODEL.WEIGHTS set to the checkpoint."
+        for key in ("adapters", "distillers"):
+            shapes = [{k: v.shape for k, v in x.get(key, {}).items()} for x in (state, now)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"The run to resume had other {key} ({', '.join(shapes[0]) or 'none'}) than "
+                    f"this config ({', '.join(shapes[1]) or 'none'}). Resume with the same "
+                    f"KD.DISTILLERS and models, {advice}"
+                )
+        was, own = state.get("teacher"), now.get("teacher")
+        if was and own and was["sha256"] != own["sha256"]:
             raise ValueError(
                 f"The run to resume was taught by {was['weights']} (sha256 {was['sha256'][:12]}), "
-                f"this config names {now.weights} ({now.sha256[:12]}). Resume with the same "
-                "teacher, or start afresh with MODEL.WEIGHTS set to the checkpoint."
+                f"this config names {own['weights']} ({own['sha256'][:12]}). Resume with the same "
+                f"teacher, {advice}"
             )
 
 
@@ -159,7 +172,8 @@ class KDCheckpointer(DetectionCheckpointer):
         candidates = self._newest_first()
         for path in candidates:
             try:
-                checkpoint = self._load_file(path)
+                with safe_numpy_load():
+                    checkpoint = torch.load(path, map_location="cpu")
             except Exception as error:  # whatever a damaged file raises
                 _logger.warning(
                     "Checkpoint %s is damaged (%s: %s); trying the one before it.",

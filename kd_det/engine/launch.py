@@ -22,6 +22,7 @@ def launch(
     num_machines: int,
     machine_rank: int,
     dist_url: str,
+    device: str = "cuda",
 ) -> Any:
     """
     Run `main(args)` in every process of the job.
@@ -29,11 +30,16 @@ def launch(
     Under torchrun the processes exist already and the command-line numbers are not used. Otherwise
     Detectron2's launcher starts one process per GPU.
 
+    Args:
+        main, args: what each process runs.
+        num_gpus, num_machines, machine_rank, dist_url: as on Detectron2's command line.
+        device: MODEL.DEVICE; under torchrun, "cpu" keeps the processes off the GPUs.
+
     Raises:
         RuntimeError: more GPUs are asked for than there are.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return _join_torchrun(main, args)
+        return _join_torchrun(main, args, device)
     if num_gpus * num_machines == 1:
         return main(args)
     found = torch.cuda.device_count()
@@ -47,8 +53,8 @@ def launch(
     )
 
 
-def _join_torchrun(main: Callable[[Any], Any], args: Any) -> Any:
-    use_gpu = torch.cuda.is_available()
+def _join_torchrun(main: Callable[[Any], Any], args: Any, device: str) -> Any:
+    use_gpu = torch.cuda.is_available() and device != "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_gpu:
         torch.cuda.set_device(local_rank)

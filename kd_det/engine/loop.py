@@ -23,6 +23,7 @@ class TrainingLoop(SimpleTrainer):
             where it starts.
         optimizer: steps after every batch.
         amp: autocast the model: float16 with loss scaling on CUDA, bfloat16 elsewhere.
+        clip_norm: largest L2 norm of all gradients together; None does not clip.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class TrainingLoop(SimpleTrainer):
         optimizer: torch.optim.Optimizer,
         *,
         amp: bool = False,
+        clip_norm: float | None = None,
     ) -> None:
         TrainerBase.__init__(self)
         model.train()
@@ -43,6 +45,7 @@ class TrainingLoop(SimpleTrainer):
         self._device_type = next(model.parameters()).device.type
         self._amp_dtype = torch.float16 if self._device_type == "cuda" else torch.bfloat16
         self._amp = amp
+        self._clip_norm = clip_norm
         scale = amp and self._amp_dtype == torch.float16
         self.grad_scaler = torch.amp.GradScaler(self._device_type, enabled=scale)
 
@@ -65,6 +68,9 @@ class TrainingLoop(SimpleTrainer):
         self.grad_scaler.scale(losses).backward()
         self._check_finite(loss_dict, batch)
         self._write_metrics(loss_dict, data_time)
+        if self._clip_norm is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 

@@ -29,6 +29,17 @@ from kd_det.engine.trainer import DistillationTrainer
 _logger = logging.getLogger("kd_det.engine")
 
 
+_EPILOG = """
+Train (the teacher first, if it is absent), continue, evaluate the student alone:
+  train_net.py --config-file configs/quickstart/feature_lp.yaml
+  train_net.py --config-file configs/quickstart/feature_lp.yaml --resume
+  train_net.py --config-file configs/quickstart/feature_lp.yaml --eval-only
+
+Override any key:
+  train_net.py --config-file F SOLVER.BASE_LR 0.001 KD.SSIM.WEIGHT 2.0
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> Any:
     """
     Parse the command line, start the processes, train or evaluate.
@@ -36,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> Any:
     Returns:
         Metrics by task, in the main process of a single-process job.
     """
-    parser = default_argument_parser()
+    parser = default_argument_parser(epilog=_EPILOG)
     args = parser.parse_args(argv)
     if not args.config_file:
         parser.error("--config-file is required, e.g. configs/quickstart/feature_lp.yaml")
+    device = load_config(args.config_file, args.opts).MODEL.DEVICE
     return launch(
         run,
         args,
@@ -47,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,
         dist_url=args.dist_url,
+        device=device,
     )
 
 
@@ -59,7 +72,8 @@ def run(args: argparse.Namespace) -> Any:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     if args.eval_only:
-        return evaluate(cfg, resume=args.resume)
+        given = "MODEL.WEIGHTS" in args.opts
+        return evaluate(cfg, last=args.resume or not given)
     return train(cfg, resume=args.resume)
 
 
@@ -101,14 +115,13 @@ def _train_missing_teacher(cfg: CfgNode) -> None:
     _logger.warning("The teacher is trained (%s); now the student.", weights)
 
 
-def evaluate(cfg: CfgNode, *, resume: bool) -> Any:
+def evaluate(cfg: CfgNode, *, last: bool) -> Any:
     """
     Evaluate the student alone; no teacher is built.
 
     Args:
-        cfg: full config; MODEL.WEIGHTS is any checkpoint of kd_det or Detectron2, by default the
-            last one in OUTPUT_DIR.
-        resume: take the last one in OUTPUT_DIR whatever MODEL.WEIGHTS says.
+        cfg: full config; MODEL.WEIGHTS is any checkpoint of kd_det or Detectron2.
+        last: take the last checkpoint in OUTPUT_DIR instead, if there is one.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -119,7 +132,7 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> Any:
     model = DistillationTrainer.build_model(cfg)
     checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR)
     weights = cfg.MODEL.WEIGHTS
-    if checkpointer.has_checkpoint() and (resume or not weights):
+    if checkpointer.has_checkpoint() and last:
         weights = checkpointer.get_checkpoint_file()
     if not weights:
         raise FileNotFoundError(

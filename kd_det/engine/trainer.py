@@ -71,7 +71,11 @@ class DistillationTrainer(DefaultTrainer):
         self._sampler: ResumableSampler | None = None
         loader = self._build_train_loader(cfg)
         self._trainer = TrainingLoop(
-            distribute(model), loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED
+            distribute(model),
+            loader,
+            optimizer,
+            amp=cfg.SOLVER.AMP.ENABLED,
+            clip_norm=clip_norm(cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
@@ -87,6 +91,10 @@ class DistillationTrainer(DefaultTrainer):
         Raises:
             ValueError: the name is neither "SGD" nor "AdamW".
         """
+        if clip_norm(cfg) is not None:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False  # the loop does it, over all parameters
         if cfg.SOLVER.OPTIMIZER == "SGD":
             return build_optimizer(cfg, model)
         if cfg.SOLVER.OPTIMIZER != "AdamW":
@@ -219,6 +227,17 @@ def _check_classes(cfg: CfgNode, dataset: list[dict[str, Any]]) -> None:
             f"but the {plain.MODEL.META_ARCHITECTURE} of this config predicts {count} classes; set "
             f"its NUM_CLASSES to {max(labels) + 1} or more."
         )
+
+
+def clip_norm(cfg: CfgNode) -> float | None:
+    """
+    Return the largest norm of all gradients together, None where they are not clipped so.
+
+    SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model" is kd_det's; Detectron2's "norm" and "value" clip
+    each parameter on its own.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    return float(clip.CLIP_VALUE) if clip.ENABLED and clip.CLIP_TYPE == "full_model" else None
 
 
 def _random_state() -> dict[str, Any]:

@@ -118,8 +118,8 @@ def importance_maps(
             sets the weights of those outside to zero after the fit (release).
         ridge: see `gaussian_weights`.
         position_valid: (N, R) bool, False for positions on padding, which are never selected.
-        max_pairs: pairs of a box and a position that are built at a time, at about 200 bytes each;
-            a chunk exceeds it by at most R.
+        max_pairs: pairs of a box and a prediction that are built at a time, at about 200 bytes
+            each; a chunk exceeds it by at most R * A.
 
     Returns:
         One (N, R) map in [0, 1] for each exponent, float32 (float64 for float64 logits).
@@ -152,7 +152,7 @@ def importance_maps(
     anchors = torch.arange(num_anchors, device=device)
     logits, boxes = logits.reshape(-1), boxes.reshape(-1, num_anchors * 4)
     maps = logits.new_zeros(len(exponents), num_images * num_positions, dtype=dtype)
-    for chunk, counts in _chunks(runs, max_pairs):
+    for chunk, counts in _chunks(runs, max(1, max_pairs // num_anchors)):
         owner, position = chunk.to(device).pairs(int(counts.sum()))
         counts = to_device(counts, device)
         # index_select: a third of the time of indexing with brackets, and this is most of it all.

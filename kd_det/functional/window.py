@@ -166,7 +166,7 @@ def full_float32_matmul() -> Iterator[None]:
 
 
 # Sizes of a data set repeat from step to step, and building a matrix costs a dozen small kernels.
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=1024)
 def _axis_pair(
     spec: WindowSpec, length: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[_Axis, _Axis]:

@@ -10,7 +10,7 @@ Its subclasses are served by it too, unless they register their own.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,17 @@ class DensePredictions:
     sizes: list[tuple[int, int]]
     offset: float
     anchors_per_position: int
+
+    def scaled(self, factor: float) -> "DensePredictions":
+        """Return the same predictions in the pixels of an image `factor` times as large."""
+        if factor == 1:
+            return self
+        return replace(
+            self,
+            boxes=[x * factor for x in self.boxes],
+            positions=[x * factor for x in self.positions],
+            strides=[x * factor for x in self.strides],
+        )
 
 
 Decoder = Callable[[Any, HeadOutputs], DensePredictions]

@@ -18,8 +18,10 @@ from kd_det.config import load_config, student_cfg
 def config(
     tiny_data: dict[str, str], tiny_teacher: Callable[[str], TinyTeacher], tmp_path: Path
 ) -> Path:
+    teacher = tiny_teacher("fcos")
     keys = {
-        **tiny_runs.distil_keys("fcos", tiny_teacher("fcos")),
+        **tiny_runs.distil_keys("fcos", teacher),
+        "MODEL.FPN.OUT_CHANNELS": load_config(str(teacher.config_file)).MODEL.FPN.OUT_CHANNELS,
         "KD.DISTILLERS": ["PGD", "SSIM"],
         "KD.DATASETS": [tiny_data],
         "DATASETS.TEST": [tiny_runs.DATA],
@@ -51,3 +53,10 @@ def test_a_config_without_the_distiller_is_refused(config: Path, tmp_path: Path)
     words = ["pgd", "--config-file", str(config), "--out", str(tmp_path / "x.png")]
     with pytest.raises(ValueError, match=r"KD.DISTILLERS is \['SSIM'\]; give the config .* PGD"):
         main([*words, "KD.DISTILLERS", "['SSIM']"])
+
+
+def test_adapters_that_only_one_student_has_are_refused(config: Path, tmp_path: Path) -> None:
+    student = save_student(config, tmp_path / "a.pth")
+    words = ["ssim", "--config-file", str(config), "--before", student, "--after", student]
+    with pytest.raises(ValueError, match="has adapters between student and teacher"):
+        main([*words, "--out", str(tmp_path / "x.png"), "KD.SSIM.ADAPTER", "always"])

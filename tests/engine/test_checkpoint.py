@@ -271,4 +271,4 @@ class TestStudentWeights:
 
     def test_evaluation_without_any_checkpoint(self, tiny_student: Student) -> None:
         with pytest.raises(FileNotFoundError, match=r"Nothing to evaluate: MODEL.WEIGHTS is empty"):
-            evaluate(tiny_student("fcos"), resume=False)
+            evaluate(tiny_student("fcos"), last=False)

@@ -46,6 +46,16 @@ def test_takes_the_gradient_step() -> None:
     assert step([{"x": 3.0}], [{"x": 3.0}]).w.item() == pytest.approx(1.72)
 
 
+def test_clips_the_norm_of_all_gradients_together() -> None:
+    """The gradient 2 * (1 - 3) = -4 is cut to -1: w = 1 + 0.1."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loop = TrainingLoop(model, [[{"x": 3.0}]], optimizer, clip_norm=1.0)
+    with EventStorage(0):
+        loop.run_step()
+    assert model.w.item() == pytest.approx(1.1)
+
+
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_loss_names_loss_iteration_and_images(factor: float) -> None:
     broken = [
