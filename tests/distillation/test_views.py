@@ -157,16 +157,15 @@ def test_empty_ground_truth() -> None:
 
 
 def everything() -> dict[str, Any]:
-    return item(
+    given = item(
         instances=ground_truth(
             gt_boxes=Boxes(torch.tensor([[1.0, 2.0, 11.0, 8.0]])),
             gt_classes=torch.tensor([1]),
             gt_masks=PolygonMasks([[np.array([1.0, 1.0, 3.0, 1.0, 3.0, 3.0])]]),
             gt_keypoints=Keypoints(torch.ones(1, 3, 3)),
-        ),
-        height=16,
-        width=24,
+        )
     )
+    return {**given, "height": 16, "width": 24}
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "area"])
