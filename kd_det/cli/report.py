@@ -1,6 +1,7 @@
 """What a comparison found: the numbers (report.json) and the pages that show them (report.md)."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +97,14 @@ def build_report(
     }
 
 
+def _number(value: float | None) -> float:
+    """Return a metric; the AP of a size range without objects is null in the file, NaN here."""
+    return math.nan if value is None else float(value)
+
+
 def _numbers(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return metrics per seed, their means and spreads, and costs."""
-    per_seed = {key: [float(o.metrics[key]) for o in outcomes] for key in METRICS}
+    per_seed = {key: [_number(o.metrics[key]) for o in outcomes] for key in METRICS}
     several = len(outcomes) > 1
     return {
         **per_seed,
