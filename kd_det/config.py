@@ -368,6 +368,7 @@ def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
     for path, content in _read_chain(config_file):
         _refuse_unknown_keys(_leaves(content), cfg, path)
         _resolve_paths(content, os.path.dirname(os.path.abspath(path)))
+        _read_whole_numbers(content, cfg)
         cfg.merge_from_other_cfg(CN(content))
     _apply_overrides(cfg, opts)
     _refuse_idle_settings(cfg, config_file)
@@ -396,7 +397,9 @@ def _apply_overrides(cfg: CfgNode, opts: Sequence[Any]) -> None:
         )
     keys = list(opts[0::2])
     _refuse_unknown_keys(keys, cfg, "the command line")
-    cfg.merge_from_list(list(opts))
+    floats = {key for key, value in _leaves(cfg).items() if isinstance(value, float)}
+    words = [float(v) if k in floats else v for k, v in zip(keys, opts[1::2], strict=True)]
+    cfg.merge_from_list([word for pair in zip(keys, words, strict=True) for word in pair])
     for key in ("CONFIG_FILE", "WEIGHTS"):
         if f"KD.TEACHER.{key}" in keys:
             cfg.KD.TEACHER[key] = _resolve(cfg.KD.TEACHER[key], os.getcwd())
@@ -476,6 +479,15 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, expected a yaml mapping of keys.")
     return content
+
+
+def _read_whole_numbers(content: dict[str, Any], cfg: Mapping[str, Any]) -> None:
+    """Turn whole numbers into floats where a key holds a float: yacs would refuse them."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _read_whole_numbers(value, cfg[key])
+        elif isinstance(cfg[key], float) and type(value) is int:
+            content[key] = float(value)
 
 
 def _parse_yaml(text: str, path: str) -> Any:

@@ -231,6 +231,11 @@ class TestOverrides:
 
 
 class TestYaml:
+    def test_whole_numbers_do_for_floats(self, write: Write) -> None:
+        content = {"KD": {"SSIM": {"WEIGHT": 2}}}
+        cfg = load_config(write(content), ["SOLVER.BASE_LR", "1"])
+        assert (cfg.KD.SSIM.WEIGHT, cfg.SOLVER.BASE_LR) == (2.0, 1.0)
+
     def test_python_tags_of_detectron2s_own_files_are_read(self, write: Write) -> None:
         text = "MODEL: {ANCHOR_GENERATOR: {SIZES: !!python/object/apply:eval ['[[8, 8 * 2]]']}}"
         with pytest.warns(UserWarning, match="has Python tags in its yaml"):

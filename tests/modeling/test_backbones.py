@@ -145,7 +145,7 @@ def test_narrow_resnet_freezes_and_norms_as_told() -> None:
     assert isinstance(net.res3[0].conv1.norm, nn.BatchNorm2d)
     grouped = make_backbone("MODEL.RESNETS.NORM", "GN").bottom_up
     assert isinstance(grouped.stem.conv1.norm, GroupNorm)
-    assert grouped.stem.conv1.norm.num_groups == 16
+    assert grouped.stem.conv1.norm.num_groups == 8  # two channels each
 
 
 def test_narrow_bottleneck_net() -> None:
