@@ -90,8 +90,7 @@ def _settle_focal_loss() -> None:
     Call the scripted focal loss of Detectron2's dense detectors once.
 
     TorchScript interprets the first call of a process and compiles the later ones, and the
-    gradients
-    differ in their last bit: a resumed run would not equal the uninterrupted one.
+    gradients differ in their last bit: a resumed run would not equal the uninterrupted one.
     """
     from fvcore.nn import sigmoid_focal_loss_jit
 

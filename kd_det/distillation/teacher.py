@@ -193,8 +193,8 @@ def other_channel_order(student: str, teacher: str) -> bool:
     return True
 
 
-class _StrictCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, remembering which keys did not match."""
+class RecordingCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, reading numpy safely and remembering which keys did not match."""
 
     incompatible: Any = None
 
@@ -222,7 +222,7 @@ def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ())
     Raises:
         ValueError: tensors are missing, left over or of another shape; the message lists them.
     """
-    checkpointer = _StrictCheckpointer(model, save_to_disk=False)
+    checkpointer = RecordingCheckpointer(model, save_to_disk=False)
     path = checkpointer.path_manager.get_local_path(weights) if "://" in weights else weights
     try:
         checkpointer.load(path, checkpointables=[])

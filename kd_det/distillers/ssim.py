@@ -78,27 +78,18 @@ class SSIM(PyramidDistiller):
 
     def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
         """Return the mean structural dissimilarity of a pair."""
-        return ssim_loss(
-            pair.student,
-            pair.teacher,
-            window_size=self.window_size,
-            sigma=self.sigma,
-            window=self.window,
-            border=self.border,
-            normalize=self.normalize,
-            exponents=self.exponents,
-            mask=mask,
-        )
+        return ssim_loss(pair.student, pair.teacher, mask=mask, **self._options())
 
     def similarity(self, pair: Pair) -> Tensor:
         """Return the SSIM of a pair at every position, (N, C, H, W) in [-1, 1], for pictures."""
-        return ssim_map(
-            pair.student,
-            pair.teacher,
-            window_size=self.window_size,
-            sigma=self.sigma,
-            window=self.window,
-            border=self.border,
-            normalize=self.normalize,
-            exponents=self.exponents,
-        )
+        return ssim_map(pair.student, pair.teacher, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "window_size": self.window_size,
+            "sigma": self.sigma,
+            "window": self.window,
+            "border": self.border,
+            "normalize": self.normalize,
+            "exponents": self.exponents,
+        }

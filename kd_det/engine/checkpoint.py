@@ -12,11 +12,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from kd_det.compat import safe_numpy_load
 from kd_det.distillation.detector import DistillationDetector
+from kd_det.distillation.teacher import RecordingCheckpointer
 
 _logger = logging.getLogger(__name__)
 _NORMALIZER = "loss_normalizer"
@@ -94,15 +94,13 @@ def student_of(model: nn.Module) -> nn.Module:
     return model.student if isinstance(model, DistillationDetector) else model
 
 
-class KDCheckpointer(DetectionCheckpointer):
+class KDCheckpointer(RecordingCheckpointer):
     """
     Detectron2's checkpointer for the student, with whole files only.
 
     A file appears under its name when it is complete. A damaged last checkpoint is passed over,
     with a warning, for the newest good one.
     """
-
-    incompatible: Any = None
 
     def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any) -> None:
         super().__init__(student_of(model), save_dir, kd=KDState(model), **checkpointables)
@@ -118,14 +116,6 @@ class KDCheckpointer(DetectionCheckpointer):
         os.replace(path + ".part", path)
         _logger.info("Saved checkpoint %s", path)
         self.tag_last_checkpoint(f"{name}.pth")
-
-    def _load_file(self, filename: str) -> Any:
-        with safe_numpy_load():
-            return super()._load_file(filename)
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        self.incompatible = super()._load_model(checkpoint)
-        return self.incompatible
 
     def load_student(self, path: str, *, strict: bool) -> None:
         """
