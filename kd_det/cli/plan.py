@@ -20,7 +20,7 @@ from kd_det.config import changed_settings, is_distillation, load_config
 
 @dataclass(frozen=True)
 class Run:
-    """One training run (or, of a teacher whose weights are given, one evaluation)."""
+    """One training run, or, where no iterations or a teacher's weights are given, one evaluation."""
 
     # The arm's name, or the teacher's.
     name: str
@@ -161,6 +161,7 @@ class _Planner:
         folder = self.out / (
             f"teachers/{name}-{digest}" if is_teacher else f"runs/{name}-seed{seed}-{digest}"
         )
+        evaluated = weights != "auto" or cfg.SOLVER.MAX_ITER == 0
         if folder not in self.runs:
             self.test_sets[f"{config.name} ({name})"] = tuple(cfg.DATASETS.TEST)
             self.runs[folder] = Run(
@@ -169,10 +170,10 @@ class _Planner:
                 folder=folder,
                 config_file=config,
                 opts=(*opts, *settings, "OUTPUT_DIR", str(folder)),
-                iterations=0 if weights != "auto" else cfg.SOLVER.MAX_ITER,
+                iterations=0 if evaluated else cfg.SOLVER.MAX_ITER,
                 needs=tuple(needs),
                 is_teacher=is_teacher,
-                eval_only=weights != "auto",
+                eval_only=evaluated,
             )
         return self.runs[folder]
 

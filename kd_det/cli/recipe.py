@@ -12,6 +12,7 @@ The recipe of `kd-det compare`: which arms are trained, with which seeds, and wh
       - {name: a, config: feature_lp.yaml, overrides: [KD.FEATURE_LP.P, 2], label: "L2 on features"}
       - {name: b, config: student.yaml, init_from: none}   # starts from that arm's final checkpoint
 
+An arm without iterations (SOLVER.MAX_ITER 0) is not trained but evaluated as `init_from` left it.
 Config files are relative to the recipe.
 """
 

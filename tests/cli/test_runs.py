@@ -184,3 +184,14 @@ def test_half_written_results_do_not_count(lab):
     run(lab, plan)
     assert "teacher" in {c["run"].rsplit("-", 1)[0] for c in lab.calls()}
     assert json.loads((plan.teacher.folder / "result.json").read_text())["iterations"] == 4
+
+
+def test_an_arm_without_iterations_is_evaluated(lab):
+    text = (lab.root / "recipe.yaml").read_text()
+    arm = "{name: look, config: student.yaml, init_from: l2, overrides: [SOLVER.MAX_ITER, 0]}"
+    plan = plan_of(lab, lab.write("look.yaml", f"{text}  - {arm}\n"))
+    run(lab, plan)
+    looked = [c for c in lab.calls() if c["run"].startswith("look")]
+    assert [c["flags"] for c in looked] == [["--eval-only"]] * 2
+    assert looked[0]["opts"]["MODEL.WEIGHTS"] == str(plan.students["l2", 0].checkpoint)
+    assert plan.students["look", 0].iterations == 0
