@@ -1,6 +1,9 @@
 """Tiny detectors, data and config files, from which tests build whole runs that take a second."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,6 +262,22 @@ def train(cfg: CfgNode, *, resume: bool = False, until: int | None = None) -> An
         if until is None:
             raise
     return trainer, recorder
+
+
+def torchrun(config: Path, *words: str) -> str:
+    """Run train_net.py in two processes; return what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(BASE.parents[1] / "train_net.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--config-file", str(config), *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
 
 
 def equal_states(a: Any, b: Any) -> bool:

@@ -20,7 +20,7 @@ from kd_det.config import changed_settings, is_distillation, load_config
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, or, where no iterations or a teacher's weights are given, one evaluation."""
+    """One training run; without iterations, or of a teacher with given weights, an evaluation."""
 
     # The arm's name, or the teacher's.
     name: str

@@ -1,8 +1,5 @@
 """Several CPU processes through torchrun: one run, the same gradients, one set of files."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,22 +14,6 @@ from kd_det.engine import launch as launch_module
 from kd_det.engine.main import main
 
 MakeTeacher = Callable[[str], TinyTeacher]
-
-
-def torchrun(config: Path, *words: str) -> str:
-    """Run train_net.py in two processes; return what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(tiny_runs.BASE.parents[1] / "train_net.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "--config-file", str(config), *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout + done.stderr
 
 
 def test_two_processes_equal_one_with_the_double_batch(
@@ -62,7 +43,7 @@ def test_two_processes_equal_one_with_the_double_batch(
     config = tiny_runs.write_config(tmp_path / "run.yaml", "faster_rcnn", keys)
     one, two = tmp_path / "one", tmp_path / "two"
     main(["--config-file", str(config), "OUTPUT_DIR", str(one)])
-    torchrun(config, "OUTPUT_DIR", str(two))
+    tiny_runs.torchrun(config, "OUTPUT_DIR", str(two))
 
     names = ["model_0000001.pth", "model_final.pth"]
     assert sorted(path.name for path in two.glob("*.pth*")) == names
@@ -98,12 +79,12 @@ def test_whole_run_with_evaluation_and_resume(
         "SOLVER.CHECKPOINT_PERIOD": 2,
     }
     config = tiny_runs.write_config(tmp_path / "run.yaml", "fcos", keys)
-    torchrun(config)
+    tiny_runs.torchrun(config)
     folder = tmp_path / "run"
     assert (folder / "result.json").is_file()
     assert torch.load(folder / "model_final.pth")["iteration"] == 2
 
-    printed = torchrun(config, "--resume", "SOLVER.MAX_ITER", "5")
+    printed = tiny_runs.torchrun(config, "--resume", "SOLVER.MAX_ITER", "5")
     assert "Resumed from" in printed
     content = torch.load(folder / "model_final.pth")
     assert content["iteration"] == 4
@@ -112,7 +93,7 @@ def test_whole_run_with_evaluation_and_resume(
         "model_0000003.pth",
         "model_final.pth",
     ]
-    torchrun(config, "--eval-only")
+    tiny_runs.torchrun(config, "--eval-only")
 
 
 class TestDistribute:
