@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import kd_det.modeling  # noqa: F401  registers FCOS and its backbone
-from kd_det.cli.device_cost import take_turns
-from kd_det.cli.measure import ratio
+from kd_det.cli.measure import device_name, ratio, take_turns
 from kd_det.config import add_kd_config
 
 FACTOR = 2
@@ -123,7 +122,7 @@ def run(*, device: str, size: tuple[int, int], widths: list[float], rounds: int)
             row |= {"ms": 1e3 * median(own), "ms_ratio": ratio(own, seconds[width, "full"])}
         rows.append(row)
     return {
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": device_name(device),
         "size": size,
         "rounds": rounds,
         "rows": rows,

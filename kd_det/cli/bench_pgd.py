@@ -2,9 +2,10 @@
 `kd-det bench pgd`: cost of PGD's targets and losses.
 
 Targets (quality, selection, fit, masks) are timed against a loop over images and boxes written from
-the formulas, vectorised over positions; losses against one training step of the student they would
-guide, an FCOS R50-FPN. All times are CPU time of all threads; what is compared runs side by side in
-every round, so that ratios hold on a busy machine too.
+the formulas, vectorised over positions; the whole distiller, targets included, forward and
+backward, against one training step of the student it would guide, an FCOS R50-FPN. Times are CPU
+time of all threads, on a GPU wall time; what is compared runs side by side in every round, so that
+ratios hold on a busy machine too.
 """
 
 import argparse
@@ -22,17 +23,18 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor
 
-from kd_det.cli.measure import peak_bytes, ratio, side_by_side
+from kd_det.cli.measure import device_name, peak_bytes, ratio, take_turns
 from kd_det.config import add_kd_config
+from kd_det.distillers.base import Pair, Step, Targets
+from kd_det.distillers.prediction_guided import PGD
 from kd_det.functional.gaussian_importance import RIDGE, importance_maps, prediction_quality
 from kd_det.functional.level_grid import (
     Level,
     count_positions,
     grid_positions,
     positions_in_boxes,
-    split_levels,
 )
-from kd_det.functional.prediction_guided import classification_terms, regression_terms
+from kd_det.modeling.dense_predictions import DensePredictions
 
 STRIDES = (8, 16, 32, 64, 128)
 CLASSES, CHANNELS, TOP_K, EXPONENTS = 80, 256, 30, (0.8, 0.6)
@@ -40,6 +42,7 @@ CLASSES, CHANNELS, TOP_K, EXPONENTS = 80, 256, 30, (0.8, 0.6)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's options."""
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument(
         "--size",
         type=int,
@@ -70,20 +73,24 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         args: what `add_arguments` adds.
 
     Returns:
-        Size, strides and shapes; for each number of boxes the seconds and extra bytes of both
-        implementations; seconds of the losses and of the student's step, and their ratio.
+        Setting; `targets`: for each number of boxes the milliseconds and extra bytes of both
+        implementations; `losses`: seconds of the distiller and of the student's step, their ratio.
     """
-    size, counts, rounds = tuple(args.size), list(args.boxes), args.rounds
+    size, counts, rounds, device = tuple(args.size), list(args.boxes), args.rounds, args.device
     if args.quick:
         size, counts, rounds = (96, 128), [1, 10], 1
     levels = pyramid(size)
     print(f"Images of {size[0]}x{size[1]}, {count_positions(levels)} positions, 2 per batch.")
-    scenes = {count: Scene.random(levels, size, count) for count in counts}
-    targets = bench_targets(scenes, rounds)
+    scenes = {count: Scene.random(levels, size, count, device) for count in counts}
+    targets = bench_targets(scenes, rounds, device)
     print(tabulate(targets, headers="keys", floatfmt=".4g"))
-    losses = bench_losses(size, levels, rounds=rounds, depth=18 if args.quick else 50)
+    losses = bench_losses(size, levels, rounds, device, depth=18 if args.quick else 50)
     print(tabulate([losses], headers="keys", floatfmt=".4g"))
-    return {"size": size, "positions": count_positions(levels), "images": 2} | {
+    return {
+        "device": device_name(device),
+        "size": size,
+        "positions": count_positions(levels),
+        "images": 2,
         "rounds": rounds,
         "classes": CLASSES,
         "channels": CHANNELS,
@@ -99,7 +106,7 @@ def pyramid(size: tuple[int, int]) -> list[Level]:
 
 
 class Scene(NamedTuple):
-    """Arguments of `importance_maps` for two images with M boxes each."""
+    """Arguments of `importance_maps` for two images with M boxes each; ground truth on the CPU."""
 
     logits: Tensor
     boxes: Tensor
@@ -108,7 +115,9 @@ class Scene(NamedTuple):
     levels: Sequence[Level]
 
     @classmethod
-    def random(cls, levels: Sequence[Level], size: tuple[int, int], count: int) -> "Scene":
+    def random(
+        cls, levels: Sequence[Level], size: tuple[int, int], count: int, device: str
+    ) -> "Scene":
         """Draw predictions, and boxes with log-uniform sides of 16 px to half of the image."""
         generator = torch.Generator().manual_seed(0)
         points = grid_positions(levels).float()
@@ -118,8 +127,8 @@ class Scene(NamedTuple):
         sides = 16 * (extent / 32) ** torch.rand(2, count, 2, generator=generator)
         corner = torch.rand(2, count, 2, generator=generator) * (extent - sides)
         return cls(
-            logits=torch.randn(2, len(points), CLASSES, generator=generator) - 2,
-            boxes=torch.cat([points - reach[..., :2], points + reach[..., 2:]], dim=2),
+            logits=torch.randn(2, len(points), CLASSES, generator=generator).sub(2).to(device),
+            boxes=torch.cat([points - reach[..., :2], points + reach[..., 2:]], dim=2).to(device),
             gt_boxes=torch.cat([corner, corner + sides], dim=2),
             gt_classes=torch.randint(0, CLASSES, (2, count), generator=generator),
             levels=levels,
@@ -139,16 +148,18 @@ def batched_targets(scene: Scene) -> list[Tensor]:
         exponents=EXPONENTS,
         top_k=TOP_K,
     )
-    return [*maps, ~positions_in_boxes(scene.levels, scene.gt_boxes, valid)]
+    background = ~positions_in_boxes(scene.levels, scene.gt_boxes, valid)
+    return [*maps, background.to(scene.logits.device)]
 
 
 def looped_targets(scene: Scene) -> list[Tensor]:
     """Compute the same by a loop over images and boxes, each step for all positions at once."""
-    points = grid_positions(scene.levels)
+    device = scene.logits.device
+    points = grid_positions(scene.levels).to(device)
     x, y = points.float().unbind(1)
     num_images, num_positions = scene.boxes.shape[:2]
-    maps = [torch.zeros(num_images, num_positions) for _ in EXPONENTS]
-    background = torch.ones(num_images, num_positions, dtype=torch.bool)
+    maps = [torch.zeros(num_images, num_positions, device=device) for _ in EXPONENTS]
+    background = torch.ones(num_images, num_positions, dtype=torch.bool, device=device)
     for n in range(num_images):
         u0, v0, u1, v1 = scene.boxes[n].unbind(1)
         area = (u1 - u0) * (v1 - v0)
@@ -169,14 +180,16 @@ def looped_targets(scene: Scene) -> list[Tensor]:
                 if len(chosen) == 0:
                     continue
                 offset = points[chosen] - points[chosen].mean(0)
-                sigma = offset.T @ offset / len(chosen) + RIDGE * torch.eye(2, dtype=torch.float64)
+                sigma = offset.T @ offset / len(chosen) + RIDGE * torch.eye(2).to(offset)
                 distance = (offset @ torch.linalg.inv(sigma) * offset).sum(1)
                 weight = torch.exp(-0.5 * distance).float()
                 importance[n, chosen] = torch.maximum(importance[n, chosen], weight)
     return [*maps, background]
 
 
-def bench_targets(scenes: dict[int, Scene], rounds: int) -> list[dict[str, float | None]]:
+def bench_targets(
+    scenes: dict[int, Scene], rounds: int, device: str
+) -> list[dict[str, float | None]]:
     """Measure both implementations of the targets for each number of boxes per image."""
     functions = {"batched": batched_targets, "loop": looped_targets}
     runs: dict[tuple[int, str], Callable[[], Any]] = {
@@ -186,8 +199,8 @@ def bench_targets(scenes: dict[int, Scene], rounds: int) -> list[dict[str, float
     }
     for count in scenes:  # both compute the same
         for found, expected in zip(runs[count, "batched"](), runs[count, "loop"](), strict=True):
-            torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
-    seconds = side_by_side(runs, rounds, "targets")
+            torch.testing.assert_close(found.cpu(), expected.cpu(), atol=1e-3, rtol=0)
+    seconds = take_turns(runs, rounds, device, clock="cpu" if device == "cpu" else "wall")
     rows: list[dict[str, float | None]] = []
     for count in scenes:
         batched, loop = seconds[count, "batched"], seconds[count, "loop"]
@@ -199,40 +212,21 @@ def bench_targets(scenes: dict[int, Scene], rounds: int) -> list[dict[str, float
                 "loop_ms": 1e3 * median(loop),
                 "speedup": ratio(loop, batched),
                 "batched_over_10_boxes": ratio(batched, ten) if ten else None,
-                "batched_extra_mb": peak_bytes(runs[count, "batched"]) / 1e6,
-                "loop_extra_mb": peak_bytes(runs[count, "loop"]) / 1e6,
+                "batched_extra_mb": peak_bytes(runs[count, "batched"], device) / 1e6,
+                "loop_extra_mb": peak_bytes(runs[count, "loop"], device) / 1e6,
             }
         )
     return rows
 
 
 def bench_losses(
-    size: tuple[int, int], levels: Sequence[Level], rounds: int, depth: int
+    size: tuple[int, int], levels: Sequence[Level], rounds: int, device: str, depth: int
 ) -> dict[str, Any]:
-    """Measure all losses of one image against the training step of a student of one image."""
-    generator = torch.Generator().manual_seed(0)
-    towers = [
-        [torch.randn(1, CHANNELS, v.height, v.width, generator=generator).relu() for v in levels]
-        for _ in range(4)  # student and teacher, classification and regression
-    ]
-    student = [feature.requires_grad_() for tower in towers[:2] for feature in tower]
-    teacher = towers[2] + towers[3]
-    scene = Scene.random(levels, size, count=10)
-    targets = [split_levels(target[:1], levels) for target in batched_targets(scene)]
-
-    def losses() -> None:
-        total = torch.zeros(())
-        for level, (cls, reg, background) in enumerate(zip(*targets, strict=True)):
-            s, t = student[level], teacher[level]
-            terms = classification_terms(s, t, cls, background)
-            total = total + terms.weighted(0.04, 0.02, 0.0008, 1 + 0.25 * level)
-            s, t = student[level + len(levels)], teacher[level + len(levels)]
-            total = total + regression_terms(s, t, reg).weighted(0.064, 0.0008)
-        torch.autograd.grad(total, student)
-
-    step = student_step(size, scene, depth)
-    step()  # warm up
-    seconds = side_by_side({"losses": losses, "student": step}, rounds, "losses")
+    """Measure PGD on one image of ten boxes against the training step of a student."""
+    scene = Scene.random(levels, size, 10, device)
+    distill, student = distillation(size, scene), student_step(size, scene, depth, device)
+    runs = {"losses": distill, "student": student}
+    seconds = take_turns(runs, rounds, device, clock="cpu" if device == "cpu" else "wall")
     return {
         "student": f"FCOS R{depth}-FPN",
         "height": size[0],
@@ -240,16 +234,59 @@ def bench_losses(
         "losses_s": median(seconds["losses"]),
         "student_step_s": median(seconds["student"]),
         "share": ratio(seconds["losses"], seconds["student"]),
-        "losses_extra_mb": peak_bytes(losses) / 1e6,
+        "losses_extra_mb": peak_bytes(distill, device) / 1e6,
     }
 
 
-def student_step(size: tuple[int, int], scene: Scene, depth: int) -> Callable[[], None]:
+def distillation(size: tuple[int, int], scene: Scene) -> Callable[[], Any]:
+    """Return a function that runs PGD on the first image, down to the gradients of both towers."""
+    generator = torch.Generator().manual_seed(0)
+    device = scene.logits.device
+
+    def tower() -> list[Tensor]:
+        shapes = [(1, CHANNELS, level.height, level.width) for level in scene.levels]
+        return [torch.randn(*x, generator=generator).relu().to(device) for x in shapes]
+
+    sizes = torch.tensor([size], device=device, dtype=torch.float32)
+    pairs = {
+        name: [
+            Pair(f"p{i}", level.stride, student.requires_grad_(), teacher, sizes)
+            for i, (level, student, teacher) in enumerate(
+                zip(scene.levels, tower(), tower(), strict=True), start=3
+            )
+        ]
+        for name in ("cls", "reg")
+    }
+    counts = [level.height * level.width for level in scene.levels]
+    predictions = DensePredictions(
+        logits=list(scene.logits[:1].split(counts, dim=1)),
+        boxes=list(scene.boxes[:1].split(counts, dim=1)),
+        positions=list(grid_positions(scene.levels).split(counts)),
+        strides=[level.stride for level in scene.levels],
+        sizes=[(level.height, level.width) for level in scene.levels],
+        offset=scene.levels[0].offset,
+        anchors_per_position=1,
+    )
+    targets = Targets(
+        boxes=[scene.gt_boxes[0]],
+        classes=[scene.gt_classes[0]],
+        image_sizes=[size],
+        ignored=[torch.zeros(0, 4)],
+    )
+    step = Step(pairs, {}, {"predictions": predictions}, targets)
+    students = [pair.student for tower_pairs in pairs.values() for pair in tower_pairs]
+    distiller = PGD()
+    return lambda: torch.autograd.grad(sum(distiller(step).values()), students)
+
+
+def student_step(
+    size: tuple[int, int], scene: Scene, depth: int, device: str
+) -> Callable[[], None]:
     """Return a function that runs an FCOS's forward and backward pass on one image."""
     cfg = get_cfg()
     add_kd_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = "FCOS"
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = device
     cfg.MODEL.BACKBONE.NAME = "build_fpn_backbone"
     cfg.MODEL.RESNETS.DEPTH = depth
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 256 if depth >= 50 else 64

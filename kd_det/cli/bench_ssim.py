@@ -23,7 +23,7 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from kd_det.cli.device_cost import kept_bytes, peak_bytes, take_turns
+from kd_det.cli.measure import device_name, kept_bytes, peak_bytes, take_turns
 from kd_det.functional.ssim import min_max_normalize, ssim_loss
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
@@ -118,7 +118,7 @@ def run(
     }
     seconds = take_turns(runs, rounds, device)
     report: dict[str, Any] = {
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": device_name(device),
         "shapes": {name: list(pair[0].shape) for name, pair in levels.items()},
         "rounds": rounds,
         "versions": {name: library.version for name, library in libraries.items()},

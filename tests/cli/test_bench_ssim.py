@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kd_det.cli import bench_ssim
-from kd_det.cli.device_cost import kept_bytes, peak_bytes, take_turns
+from kd_det.cli.measure import peak_bytes
 from kd_det.functional.ssim import ssim_loss
 
 pytest.importorskip("kornia", reason="the bench group is not installed")
@@ -45,16 +45,6 @@ def test_missing_library_says_how_to_install_it(monkeypatch):
         bench_ssim.load_libraries()
 
 
-def test_kept_bytes_counts_each_storage_once_and_no_input():
-    x = torch.ones(1000, requires_grad=True)
-
-    def run() -> torch.Tensor:
-        y = x.exp()  # kept by exp and, seen through a view, by the product
-        return (y.view(10, 100) * y.view(10, 100)).sum() + (x * x).sum()
-
-    assert kept_bytes(run, [x]) == 4000
-
-
 def test_peak_bytes_of_the_loss_is_its_gradient_and_the_chunks():
     student, teacher = torch.rand(2, 2, 64, 40, 40)
     student.unsqueeze_(0), teacher.unsqueeze_(0)
@@ -66,11 +56,3 @@ def test_peak_bytes_of_the_loss_is_its_gradient_and_the_chunks():
 
     # The gradient kept and the gradient returned; scratch memory of one plane is small beside them.
     assert 2 * one_map < peak_bytes(run, "cpu") < 2.5 * one_map
-
-
-def test_turns_are_taken_in_rounds():
-    order: list[str] = []
-    runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = take_turns(runs, 3, "cpu")
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
-    assert "".join(order).endswith("aaaaabbbbb" * 3)

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from kd_det.cli.measure import peak_bytes, ratio, side_by_side
+from kd_det.cli.measure import kept_bytes, peak_bytes, ratio, take_turns
 
 
 def test_peak_counts_what_is_held_at_a_time():
@@ -13,7 +13,7 @@ def test_peak_counts_what_is_held_at_a_time():
         for _ in range(3):
             (one_megabyte + 1).mul_(2)
 
-    assert peak_bytes(run) == pytest.approx(1e6, rel=0.01)
+    assert peak_bytes(run, "cpu") == pytest.approx(1e6, rel=0.01)
 
 
 def test_functions_run_in_turn_and_sleep_costs_nothing():
@@ -30,8 +30,18 @@ def test_functions_run_in_turn_and_sleep_costs_nothing():
         time.sleep(0.01)
         sum(range(2_000_000))
 
-    seconds = side_by_side({"work": work, "wait": wait}, rounds=2, label="test")
-    assert calls[:2] == ["work", "wait"] and calls.count("work") == 2
+    seconds = take_turns({"work": work, "wait": wait}, 2, "cpu", clock="cpu")
+    assert calls[:3] == ["work", "wait", "work"] and calls.count("work") == 3
     assert all(0.25 <= value < 0.4 for value in seconds["work"])
     assert ratio(seconds["work"], seconds["wait"]) > 1
     assert ratio([4.0, 9.0, 1.0], [2.0, 3.0, 1.0]) == 2
+
+
+def test_kept_bytes_counts_each_storage_once_and_no_input():
+    x = torch.ones(1000, requires_grad=True)
+
+    def run() -> torch.Tensor:
+        y = x.exp()  # kept by exp and, seen through a view, by the product
+        return (y.view(10, 100) * y.view(10, 100)).sum() + (x * x).sum()
+
+    assert kept_bytes(run, [x]) == 4000
