@@ -1,8 +1,11 @@
+from math import ceil
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kd_det.cli.measure import peak_bytes
 from kd_det.functional.gaussian_importance import importance_maps
 from kd_det.functional.level_grid import Level, count_positions, grid_positions
 
@@ -156,6 +159,23 @@ def test_chunks_bound_what_is_built_at_a_time(gate):
     assert_same(found, expected)
     assert whole.elements > 100 * R
     assert chunked.elements <= 4 * (1000 + R)  # four sides per pair
+
+
+@pytest.mark.parametrize(("boxes", "anchors"), [(500, 1), (30, 9)])
+def test_crowded_images_need_less_than_300_mb(boxes, anchors):
+    """Boxes as large as an image of 800 x 1333 pixels: every position is a candidate of each."""
+    levels = tuple(Level(ceil(832 / s), ceil(1344 / s), s) for s in (8, 16, 32, 64, 128))
+    count = count_positions(levels) * anchors
+    corners = torch.tensor([0.0, 0.0, 1333.0, 800.0])
+    arguments = (
+        torch.randn(1, count, 1),
+        corners + torch.randn(1, count, 4).mul(50),
+        corners.expand(1, boxes, 4),
+        torch.zeros(1, boxes, dtype=torch.int64),
+        torch.ones(1, boxes, dtype=torch.bool),
+        levels,
+    )
+    assert peak_bytes(lambda: importance_maps(*arguments), "cpu") < 300e6
 
 
 def test_errors_name_what_does_not_fit():
