@@ -292,6 +292,32 @@ class TestOtherGrids:
         reg = regression_terms(pair.student, pair.teacher, at(masks.reg[1]))
         assert losses["reg"] == reg.weighted(0.064, 0.0008)
 
+    def test_levels_of_equal_size_are_told_apart_by_their_stride(self, scene: Scene) -> None:
+        """On tiny images p6 and p7 both have one cell."""
+        step = scene.step()
+        predictions = step.teacher["predictions"]
+        step.teacher["predictions"] = dataclasses.replace(
+            predictions,
+            logits=[x[:, :1] for x in predictions.logits],
+            boxes=[x[:, :1] for x in predictions.boxes],
+            sizes=[(1, 1), (1, 1)],
+        )
+        for name in ("cls", "reg"):
+            for pair in step.pairs[name]:
+                pair.student, pair.teacher = pair.student[..., :1, :1], pair.teacher[..., :1, :1]
+        distiller = PGD(mask_padding=False)
+        masks = distiller.masks(step.teacher["predictions"], step.targets)
+        pair = step.pairs["cls"].pop()
+        step.pairs["cls"] = [pair]
+        losses = [
+            classification_terms(
+                pair.student, pair.teacher, masks.cls[i], masks.background[i], valid=masks.valid[i]
+            ).weighted(0.04, 0.02, 0.0008)
+            for i in range(2)
+        ]
+        assert losses[0] != losses[1]
+        assert distiller(step)["cls"] == losses[1]
+
     def test_a_pair_without_predictions_is_named(self, scene: Scene) -> None:
         """A neck with P2 below a head that starts at P3."""
         step = scene.step()
@@ -328,13 +354,15 @@ def gradient_at(parameter: Tensor, loss: Tensor) -> float:
     return float(gradient.abs().sum())
 
 
+@pytest.mark.parametrize("student", ["faster_rcnn", "mask_rcnn"])
 def test_neck_of_a_two_stage_student_of_a_dense_teacher(
-    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+    tiny_student: Student,
+    tiny_teacher: MakeTeacher,
+    tiny_records: list[dict[str, Any]],
+    student: str,
 ) -> None:
-    """Faster R-CNN's P3..P6 learn where FCOS predicts well."""
-    model, cfg = built(
-        "faster_rcnn", tiny_teacher("fcos"), tiny_student, {"KD.PGD.FEATURES": "neck"}
-    )
+    """The students' P3..P6 learn where FCOS predicts well."""
+    model, cfg = built(student, tiny_teacher("fcos"), tiny_student, {"KD.PGD.FEATURES": "neck"})
     losses, step = run(model, cfg, tiny_records)
     assert {key for key in losses if "kd" in key} == {"loss_kd_pgd_cls"}
     assert [pair.name for pair in step.pairs["cls"]] == ["p3~p3", "p4~p4", "p5~p5", "p6~p6"]
