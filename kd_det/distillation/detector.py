@@ -138,10 +138,17 @@ class DistillationDetector(nn.Module):
         return self
 
     def inherit_from_teacher(self) -> list[str]:
-        """Copy what `KD.INHERIT` names from the teacher; return the copied keys."""
+        """
+        Copy what `KD.INHERIT` names from the teacher; return the copied keys.
+
+        Without distillers the teacher has done its work by then, and is let go.
+        """
         if not self.inherit_patterns or self.teacher is None:
             return []
-        return inherit(self.student, self.teacher.model, self.inherit_patterns)
+        copied = inherit(self.student, self.teacher.model, self.inherit_patterns)
+        if not self.distillers:
+            self.teacher = None
+        return copied
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """

@@ -1,5 +1,6 @@
 """The wrapper: stock without distillers, named losses with them, the student in evaluation."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,15 @@ class TestLosses:
         model.inherit_from_teacher()
         losses, _ = tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
         assert losses["loss_kd_feature_lp"].item() < 1e-8
+
+    def test_a_teacher_that_only_bequeaths_is_let_go(
+        self, tiny_student: Student, tiny_teacher: MakeTeacher
+    ) -> None:
+        keys = {"KD.DISTILLERS": [], "KD.INHERIT": ["head"]}
+        model = build_model(tiny_student("retinanet", tiny_teacher("retinanet"), keys))
+        gone = weakref.ref(model.teacher.model)
+        assert model.inherit_from_teacher()
+        assert model.teacher is None and gone() is None
 
     def test_same_initial_student_with_and_without_a_teacher(
         self, tiny_student: Student, tiny_teacher: MakeTeacher
