@@ -167,7 +167,7 @@ class DistillationDetector(nn.Module):
         ]
         inputs = self.view(batched_inputs)
         if not self.training:
-            return self.student(inputs)
+            return self.view.restore(self.student(inputs), batched_inputs)
         iteration = get_event_storage().iter
         weights = {key: schedule(iteration) for key, schedule in self.schedules.items()}
         for key, weight in weights.items():

@@ -3,7 +3,9 @@ What a model sees of the batch: the loaded image, or the image reduced by a fact
 
 A view is a pure function of the batch. The ground truth follows the image, so a student of a
 reduced view trains on its small image's own boxes, masks and keypoints. In evaluation Detectron2's
-post-processing scales its boxes from the small image to the original one, as for any input size.
+post-processing scales what it finds from the small image to the original one, as for any input
+size. A whole factor scales by exactly that much: the small image of a side that is no multiple of
+it stands for a slightly larger one, to which its detections are scaled before they are cut back.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from detectron2.structures import (
 )
 from torch.nn import functional as F
 
-from kd_det.functional.resize import INTERPOLATIONS, reduce_image
+from kd_det.functional.resize import INTERPOLATIONS, is_whole, reduce_image
 
 _SEES_THE_IMAGE = ("sem_seg", "proposals", "proposal_boxes")
 
@@ -59,8 +61,8 @@ class View:
             batched_inputs: Detectron2's inputs: "image" (C, H, W), optionally "instances".
 
         Returns:
-            New dicts; the given ones are not changed. "height" and "width", where present, stay
-            those of the original image.
+            New dicts; the given ones are not changed. "height" and "width" say what to scale
+            detections to: the original image, as far as the small one stands for it.
 
         Raises:
             ValueError: an input holds something that cannot follow the view.
@@ -78,17 +80,49 @@ class View:
             )
         image = reduce_image(item["image"], self.factor, self.interpolation)
         out = {**item, "image": image}
-        # Evaluation returns to the loaded image's frame even where no original size is known.
-        out.setdefault("height", item["image"].shape[-2])
-        out.setdefault("width", item["image"].shape[-1])
-        if "instances" in item:
-            out["instances"] = scale_instances(
-                item["instances"], (image.shape[-2], image.shape[-1])
+        for dim, key in ((-2, "height"), (-1, "width")):
+            loaded, reduced = item["image"].shape[dim], image.shape[dim]
+            # Evaluation returns to the loaded image's frame even where no original size is known.
+            out[key] = round(
+                item.get(key, loaded) * self._scale(loaded, reduced) * reduced / loaded
             )
+        if "instances" in item:
+            out["instances"] = self._reduce_instances(item["instances"], image)
         return out
 
+    def _scale(self, loaded: int, reduced: int) -> float:
+        """Return how many pixels of the loaded image one of the reduced image stands for."""
+        return self.factor if is_whole(self.factor) else loaded / reduced
 
-def scale_instances(instances: Instances, size: tuple[int, int]) -> Instances:
+    def _reduce_instances(self, instances: Instances, image: torch.Tensor) -> Instances:
+        size = (image.shape[-2], image.shape[-1])
+        scales = (
+            1 / self._scale(loaded, reduced)
+            for loaded, reduced in zip(instances.image_size, size, strict=True)
+        )
+        return scale_instances(instances, size, *scales)
+
+    def restore(self, outputs: Any, batched_inputs: Sequence[dict[str, Any]]) -> Any:
+        """
+        Cut detections back to the original images.
+
+        Args:
+            outputs: what the student made of the reduced batch, one dict per image.
+            batched_inputs: the batch before it was reduced.
+        """
+        if self.factor == 1:
+            return outputs
+        restored = []
+        for output, item in zip(outputs, batched_inputs, strict=True):
+            image = item["image"]
+            size = item.get("height", image.shape[-2]), item.get("width", image.shape[-1])
+            restored.append({key: _cut(value, size) for key, value in output.items()})
+        return restored
+
+
+def scale_instances(
+    instances: Instances, size: tuple[int, int], scale_y: float, scale_x: float
+) -> Instances:
     """
     Return ground truth scaled to an image of another size.
 
@@ -96,12 +130,11 @@ def scale_instances(instances: Instances, size: tuple[int, int]) -> Instances:
         instances: fields gt_boxes, gt_masks (polygons or bitmaps), gt_keypoints are scaled; fields
             without geometry (gt_classes, ...) are kept.
         size: height, width of the new image.
+        scale_y, scale_x: pixels of the new image per pixel of the old one.
 
     Raises:
         ValueError: a field's geometry is unknown.
     """
-    old_height, old_width = instances.image_size
-    scale_x, scale_y = size[1] / old_width, size[0] / old_height
     out = Instances(size)
     for name, value in instances.get_fields().items():
         out.set(name, _scale_field(name, value, scale_x, scale_y, size))
@@ -122,7 +155,10 @@ def _scale_field(
             [[_scale_polygon(p, scale_x, scale_y) for p in ps] for ps in value.polygons]
         )
     if isinstance(value, BitMasks):
-        masks = value.tensor[:, None].float()
+        # What the new image's last cells lack belongs to no mask.
+        height, width = value.tensor.shape[-2:]
+        missing = round(size[1] / scale_x) - width, round(size[0] / scale_y) - height
+        masks = F.pad(value.tensor[:, None].float(), (0, missing[0], 0, missing[1]))
         # A cell belongs to the mask if at least half of the area it stands for does.
         return BitMasks(F.interpolate(masks, size=size, mode="area")[:, 0] >= 0.5)
     if isinstance(value, torch.Tensor) and value.dim() <= 1:
@@ -131,6 +167,27 @@ def _scale_field(
         f"Ground truth field {name} ({type(value).__name__}) has a geometry that a reduced view "
         "does not know; use KD.STUDENT.VIEW_FACTOR 1 or drop the field in the dataset mapper."
     )
+
+
+def _cut(value: Any, size: tuple[int, int]) -> Any:
+    """Return an output of Detectron2 (instances, a map, a map with its segments) cut to a size."""
+    if isinstance(value, tuple):
+        return (_cut(value[0], size), *value[1:])
+    if isinstance(value, torch.Tensor):
+        return value[..., : size[0], : size[1]]
+    if not isinstance(value, Instances) or value.image_size == size:
+        return value
+    cut = Instances(size)
+    kept = torch.ones(len(value), dtype=torch.bool)
+    for name, field in value.get_fields().items():
+        if isinstance(field, Boxes):
+            field = field.clone()
+            field.clip(size)
+            kept = kept.to(field.device) & field.nonempty()
+        elif name == "pred_masks":
+            field = _cut(field, size)
+        cut.set(name, field)
+    return cut[kept]
 
 
 def _scale_polygon(polygon: Any, scale_x: float, scale_y: float) -> Any:

@@ -16,9 +16,17 @@ def reduced_size(height: int, width: int, factor: float) -> tuple[int, int]:
     return math.ceil(height / factor - 1e-6), math.ceil(width / factor - 1e-6)
 
 
+def is_whole(factor: float) -> bool:
+    """Return whether a factor is an integer, so that cells stand for whole pixels."""
+    return factor == int(factor)
+
+
 def reduce_image(image: Tensor, factor: float, interpolation: str) -> Tensor:
     """
     Reduce images by a factor, cell centres kept (half-pixel convention).
+
+    A whole factor reduces by exactly that much: pixel x lies at x / factor, whatever the sides.
+    What the last cell lacks is filled by repeating the border.
 
     Args:
         image: (C, H, W) or (N, C, H, W), any dtype; integer images are rounded back.
@@ -38,11 +46,14 @@ def reduce_image(image: Tensor, factor: float, interpolation: str) -> Tensor:
         raise ValueError(f"Interpolation {interpolation!r} is none of {', '.join(INTERPOLATIONS)}.")
     if factor == 1:
         return image
-    if interpolation == "nearest" and factor == int(factor):
+    if interpolation == "nearest" and is_whole(factor):
         return image[..., :: int(factor), :: int(factor)]
     size = reduced_size(image.shape[-2], image.shape[-1], factor)
     batch = image if image.dim() == 4 else image[None]
     work = at_least_float32(batch)
+    if is_whole(factor):
+        bottom, right = (-side % int(factor) for side in image.shape[-2:])
+        work = F.pad(work, (0, right, 0, bottom), mode="replicate")
     if interpolation == "bilinear":
         out = F.interpolate(work, size=size, mode="bilinear", align_corners=False, antialias=True)
     else:

@@ -65,10 +65,12 @@ def test_image_is_reduced_and_the_rest_is_kept(
         "image_id": 7,
         "extra": "x",
     }
-    # The frame to which evaluation returns: as loaded, unless the original's is known.
-    assert (out["height"], out["width"]) == size
+    # The frame for which the small image stands: as loaded, unless the original's is known.
+    whole = tuple(side * factor for side in expected)
+    assert (out["height"], out["width"]) == whole
     (out,) = View(factor, interpolation)([{**given_item, "height": 480, "width": 640}])
-    assert (out["height"], out["width"]) == (480, 640)
+    assert out["height"] == round(480 * whole[0] / size[0])
+    assert out["width"] == round(640 * whole[1] / size[1])
 
 
 def test_interpolations_differ_as_they_should() -> None:
@@ -88,11 +90,22 @@ def test_boxes() -> None:
     assert out.gt_boxes.tensor.tolist() == [[0.5, 1.0, 5.5, 4.0]]
 
 
-def test_odd_sizes_scale_by_the_real_ratio() -> None:
-    """9 x 13 becomes 5 x 7, so that a box of the whole image stays one."""
+def test_a_whole_factor_divides_by_just_that() -> None:
+    """9 x 13 becomes 5 x 7 cells, of which the image covers 4.5 x 6.5."""
     whole = ground_truth(9, 13, gt_boxes=Boxes(torch.tensor([[0.0, 0.0, 13.0, 9.0]])))
-    out = reduced(whole)
-    torch.testing.assert_close(out.gt_boxes.tensor, torch.tensor([[0.0, 0.0, 7.0, 5.0]]))
+    assert reduced(whole).gt_boxes.tensor.tolist() == [[0.0, 0.0, 6.5, 4.5]]
+    assert reduced(whole, 4.0).gt_boxes.tensor.tolist() == [[0.0, 0.0, 3.25, 2.25]]
+    # Another factor by what the sides became: 6 x 9.
+    boxes = reduced(whole, 1.5).gt_boxes.tensor
+    torch.testing.assert_close(boxes, torch.tensor([[0.0, 0.0, 9.0, 6.0]]))
+
+
+def test_the_image_is_divided_by_just_that_too() -> None:
+    """A ramp's values are the coordinates that its cells stand for."""
+    image = (torch.arange(13.0) + 0.5).expand(3, 9, 13)
+    for mode in ("bilinear", "area"):
+        row = View(2, mode)([{"image": image}])[0]["image"][0, 0]
+        torch.testing.assert_close(row[1:5], torch.tensor([3.0, 5.0, 7.0, 9.0]))
 
 
 def test_polygons() -> None:
@@ -111,7 +124,7 @@ def test_polygons() -> None:
 def test_polygons_scale_x_by_the_width_and_y_by_the_height() -> None:
     polygon = np.array([13.0, 9.0, 0.0, 9.0, 6.5, 0.0])
     out = reduced(ground_truth(9, 13, gt_masks=PolygonMasks([[polygon]])))
-    np.testing.assert_allclose(out.gt_masks.polygons[0][0], [7.0, 5.0, 0.0, 5.0, 3.5, 0.0])
+    np.testing.assert_allclose(out.gt_masks.polygons[0][0], [6.5, 4.5, 0.0, 4.5, 3.25, 0.0])
 
 
 def test_bitmasks_keep_cells_of_which_half_is_covered() -> None:
@@ -124,6 +137,11 @@ def test_bitmasks_keep_cells_of_which_half_is_covered() -> None:
     expected[1, 0, 0] = True
     assert out.tensor.dtype == torch.bool
     assert torch.equal(out.tensor, expected)
+    # 7 x 11 pixels: the last cells' missing pixels are outside.
+    odd = torch.ones(1, 7, 11, dtype=torch.bool)
+    out = reduced(ground_truth(7, 11, gt_masks=BitMasks(odd))).gt_masks.tensor
+    assert out[:, :3].all() and out[:, :, :5].all()
+    assert not out[:, 3, 5].any()  # a quarter
 
 
 def test_keypoints_keep_their_visibility() -> None:
@@ -202,7 +220,7 @@ def test_inputs_that_see_the_image_are_refused(key: str) -> None:
 )
 def test_fields_of_unknown_geometry_are_refused(value: Any, kind: str) -> None:
     with pytest.raises(ValueError, match=rf"field gt_odd \({kind}\) has a geometry"):
-        scale_instances(ground_truth(gt_odd=value), (4, 6))
+        scale_instances(ground_truth(gt_odd=value), (4, 6), 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -277,12 +295,41 @@ class TestEvaluation:
         (out,) = model([bright((32, 48), (8, 16, 40, 24))])
         assert out["instances"].pred_boxes.tensor.tolist() == [[8, 16, 40, 24]]
 
-    def test_odd_sizes_stay_within_a_pixel_of_the_small_image(self) -> None:
-        model = DistillationDetector(student=Pixels(), view=View(2, "nearest")).eval()
-        (out,) = model([bright((33, 49), (8, 16, 49, 33))])
-        found = out["instances"].pred_boxes.tensor[0]
-        assert (found - torch.tensor([8.0, 16.0, 49.0, 33.0])).abs().max() < 2
-        assert found[2:].tolist() == pytest.approx([49, 33])
+    @given(
+        st.sampled_from([2, 4]),
+        st.sampled_from(["nearest", "bilinear", "area"]),
+        st.integers(33, 37),
+        st.integers(49, 53),
+    )
+    @quick
+    def test_odd_sizes_are_no_exception(
+        self, factor: int, interpolation: str, height: int, width: int
+    ) -> None:
+        """Boxes on whole cells come out as they went in; one at the border is cut there."""
+        model = DistillationDetector(student=Pixels(), view=View(factor, interpolation)).eval()
+        size = (height, width)
+        inner, outer = (8, 16, 48, 32), (16, 8, width, height)
+        found = [x["instances"] for x in model([bright(size, inner), bright(size, outer)])]
+        assert [x.image_size for x in found] == [size, size]
+        assert found[0].pred_boxes.tensor[0].tolist() == list(inner)
+        assert found[1].pred_boxes.tensor[0].tolist() == list(outer)
+
+    def test_what_lies_in_the_added_border_alone_is_dropped(self) -> None:
+        class Border(nn.Module):
+            def forward(self, inputs: list[dict[str, Any]]) -> Any:
+                size = (inputs[0]["height"], inputs[0]["width"])
+                boxes = torch.tensor([[49.0, 0.0, 50.0, 9.0], [1.0, 1.0, 50.0, 9.0]])
+                masks = torch.ones(2, *size, dtype=torch.bool)
+                found = Instances(size, pred_boxes=Boxes(boxes), pred_masks=masks)
+                return [{"instances": found, "sem_seg": torch.zeros(3, *size)}]
+
+        student = nn.Sequential(Border())
+        student.weight = nn.Parameter(torch.zeros(()))
+        model = DistillationDetector(student=student, view=View(2)).eval()
+        (out,) = model([{"image": torch.zeros(3, 33, 49)}])
+        assert out["sem_seg"].shape == (3, 33, 49)
+        assert out["instances"].pred_boxes.tensor.tolist() == [[1, 1, 49, 9]]
+        assert out["instances"].pred_masks.shape == (1, 33, 49)
 
     def test_training_sees_small_images_and_their_own_boxes(self) -> None:
         model = DistillationDetector(student=Pixels(), view=View(2)).train()
