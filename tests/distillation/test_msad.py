@@ -198,15 +198,15 @@ class TestEvaluation:
         """
         (k): the student's state in the stock model gives the same boxes for a small image.
 
-        That is every second pixel of the large one, for whose sides it stands: 50 x 33 pixels are
-        100 x 66 of the large one, which itself ends at 99 x 65.
+        That is every second pixel of the large one: 50 x 64 pixels stand for 100 x 128 of it, and
+        it ends at 99 x 127.
         """
         cfg = msad_cfg(tmp_path / "s.yaml", detector, aligned_teacher(detector))
         model = inherited(cfg)
         stock = build_model(student_cfg(cfg))
         assert type(stock) is type(model.student)
         stock.load_state_dict(model.student.state_dict())
-        large = [torch.randint(0, 256, (3, *size)).byte() for size in ((96, 128), (99, 65))]
+        large = [torch.randint(0, 256, (3, *size)).byte() for size in ((96, 128), (99, 127))]
         batch = [
             {"image": image, "height": 3 * image.shape[1], "width": 3 * image.shape[2]}
             for image in large
