@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 import kd_det.modeling  # noqa: F401
 from kd_det.config import load_config, student_cfg
@@ -30,3 +33,22 @@ def test_config_builds(path: Path) -> None:
     build_model(student_cfg(cfg))
     teacher = cfg.KD.TEACHER.CONFIG_FILE
     assert not teacher or Path(teacher).is_file(), teacher
+
+
+SMALL = [path for path in CONFIGS if path.parent.name in ("quickstart", "shapes", "aquarium")]
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
+def test_no_level_is_built_that_no_head_reads(path: Path) -> None:
+    """Its parameters would get no gradient, and several processes would wait for them."""
+    model = build_model(student_cfg(load_config(str(path)))).train()
+    instances = Instances(
+        (128, 128),
+        gt_boxes=Boxes(torch.tensor([[10.0, 10.0, 60.0, 60.0]])),
+        gt_classes=torch.tensor([0]),
+    )
+    with EventStorage():
+        losses = model([{"image": torch.rand(3, 128, 128) * 255, "instances": instances}] * 2)
+    sum(losses.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []

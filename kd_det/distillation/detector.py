@@ -6,6 +6,7 @@ With no distillers it is the student in training too: same losses, bit for bit.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -23,6 +24,9 @@ from kd_det.distillation.teacher import Teacher, build_teacher
 from kd_det.distillation.views import View
 from kd_det.distillation.wiring import Wiring, wire
 from kd_det.distillers import Distiller, Step, Targets, build_distiller, loss_key
+from kd_det.modeling.aligned import AlignedMultiScaleDetector
+
+_logger = logging.getLogger(__name__)
 
 LossDict = dict[str, Tensor]
 
@@ -81,6 +85,8 @@ class DistillationDetector(nn.Module):
         self.adapters = nn.ModuleDict()
         self.gradient_share = GradientShare(grad_share_period)
         self.wiring: Wiring | None = None
+        if teacher is not None:
+            _compare_views(self.view, teacher.model)
         if teacher is not None and distillers:
             with unchanged_rng():  # adapters draw their first weights
                 self.wiring = wire(
@@ -230,6 +236,22 @@ class DistillationDetector(nn.Module):
                     torch.stack([p.sum() for p in parameters]).sum() * 0
                 )
         return out
+
+
+def _compare_views(view: View, teacher: nn.Module) -> None:
+    """Warn where the student's small image is not the one that an aligned teacher learned on."""
+    if view.factor == 1 or not isinstance(teacher, AlignedMultiScaleDetector):
+        return
+    if (view.factor, view.interpolation) != (teacher.factor, teacher.interpolation):
+        _logger.warning(
+            "The student sees images reduced by %g (%s), but the aligned teacher learned on images "
+            "reduced by %g (%s). Set KD.STUDENT.VIEW_FACTOR and VIEW_INTERPOLATION to what the "
+            "teacher's MODEL.ALIGNED has, unless that is the experiment.",
+            view.factor,
+            view.interpolation,
+            teacher.factor,
+            teacher.interpolation,
+        )
 
 
 def unchanged_rng() -> contextlib.AbstractContextManager[None]:

@@ -82,6 +82,18 @@ class AlignedMultiScaleDetector(nn.Module):
                 f"The branches are {', '.join(BRANCHES)}; found MODEL.ALIGNED.EVAL_BRANCH "
                 f"{eval_branch!r} and LOSS_WEIGHTS {list(loss_weights)}."
             )
+        if any(not isinstance(w, (int, float)) or w < 0 for w in loss_weights) or not sum(
+            loss_weights
+        ):
+            raise ValueError(
+                f"MODEL.ALIGNED.LOSS_WEIGHTS is {list(loss_weights)}; expected numbers >= 0, at "
+                "least one of them above."
+            )
+        if mask_padding and fusion != "cff":
+            raise ValueError(
+                f"MODEL.ALIGNED.MASK_PADDING is True, but FUSION {fusion!r} pools nothing; set it "
+                "False, or FUSION to 'cff'."
+            )
         if interpolation not in INTERPOLATIONS:
             raise ValueError(
                 f"MODEL.ALIGNED.INTERPOLATION is {interpolation!r}; choose one of "

@@ -108,15 +108,16 @@ def heads_of(detector: nn.Module) -> Heads:
     Return the heads of a detector.
 
     Raises:
-        TypeError: neither a `DenseDetector` nor a `GeneralizedRCNN`.
+        TypeError: neither a `DenseDetector` nor a `GeneralizedRCNN`, or a subclass that does more.
     """
-    if isinstance(detector, DenseDetector):
-        return DenseHeads(detector)
-    if isinstance(detector, GeneralizedRCNN):
-        return TwoStageHeads(detector)
+    for kind, heads in ((DenseDetector, DenseHeads), (GeneralizedRCNN, TwoStageHeads)):
+        # One with a forward pass of its own (PanopticFPN) has losses that the heads do not know.
+        if isinstance(detector, kind) and type(detector).forward is kind.forward:
+            return heads(detector)
     raise TypeError(
         f"MODEL.ALIGNED.META_ARCHITECTURE names a {type(detector).__name__}; an aligned detector "
-        "wraps a DenseDetector (RetinaNet, FCOS, ATSS, GFL) or a GeneralizedRCNN."
+        "wraps a DenseDetector (RetinaNet, FCOS, ATSS, GFL) or a GeneralizedRCNN with their own "
+        "forward pass."
     )
 
 

@@ -73,6 +73,36 @@ class TestStart:
         cfg = msad_cfg(tmp_path / "s.yaml", detector, aligned_teacher(detector))
         self.check(inherited(cfg).eval(), [(64, 128)], head)
 
+    @pytest.mark.parametrize(
+        ("interpolation", "size"),
+        [
+            ("nearest", (128, 192)),
+            ("bilinear", (128, 192)),
+            ("area", (128, 192)),
+            ("nearest", (97, 129)),
+        ],
+    )
+    def test_boxes_are_the_low_branchs(
+        self,
+        aligned_teacher: MakeAligned,
+        tmp_path: Path,
+        interpolation: str,
+        size: tuple[int, int],
+    ) -> None:
+        teacher = aligned_teacher("retinanet", 2, {"MODEL.ALIGNED.INTERPOLATION": interpolation})
+        keys = {"KD.STUDENT.VIEW_INTERPOLATION": interpolation}
+        model = inherited(msad_cfg(tmp_path / "s.yaml", "retinanet", teacher, **keys)).eval()
+        aligned = model.teacher.model
+        aligned.eval_branch = "low"
+        batch = [{"image": torch.rand(3, *size) * 255}]
+        with torch.no_grad():
+            found, expected = (m(batch)[0]["instances"] for m in (model, aligned))
+        assert found.image_size == expected.image_size == size
+        assert len(found) == len(expected) > 5
+        torch.testing.assert_close(
+            found.pred_boxes.tensor, expected.pred_boxes.tensor, atol=1e-3, rtol=1e-4
+        )
+
     def check(self, model: nn.Module, sizes: list[tuple[int, int]], head: str) -> None:
         batch = [{"image": torch.randint(0, 256, (3, *size)).byte()} for size in sizes]
         teacher = model.teacher.model
@@ -236,6 +266,26 @@ class TestEvaluation:
         calls = calls_of(model.student.backbone, lambda: model(batch))
         assert [tuple(inputs[0].shape) for inputs, _ in calls] == [(2, 3, 64, 96)]
         assert calls_of(model.teacher.model.detector.backbone, lambda: model(batch)) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "warned"),
+    [
+        ({}, False),
+        ({"KD.STUDENT.VIEW_INTERPOLATION": "bilinear"}, True),
+        ({"KD.STUDENT.VIEW_FACTOR": 1.0, "KD.DISTILLERS": []}, False),
+    ],
+)
+def test_another_small_image_than_the_teachers_is_warned_about(
+    aligned_teacher: MakeAligned,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    keys: dict[str, Any],
+    warned: bool,
+) -> None:
+    build_model(msad_cfg(tmp_path / "s.yaml", "fcos", aligned_teacher(), **keys))
+    found = "by 2 (bilinear), but the aligned teacher learned on images reduced by 2 (nearest)"
+    assert (found in caplog.text) is warned
 
 
 @pytest.mark.parametrize("detector", ["mask_rcnn", "keypoint_rcnn"])

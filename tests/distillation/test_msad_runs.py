@@ -63,28 +63,30 @@ def test_trains_teacher_and_student_from_yaml(
     assert tiny_runs.equal_states(dict(stock.state_dict()), dict(content["model"]))
 
 
-def test_a_teacher_trains_in_two_processes_of_which_one_has_no_boxes(tmp_path: Path) -> None:
+def test_both_stages_train_in_two_processes_of_which_one_has_no_boxes(tmp_path: Path) -> None:
     """(f): two views and three branches, no parameter without a gradient, no search for them."""
     data = tiny_runs.make_data(tmp_path / "data", images=2, name="half_empty")
     truth = json.loads(Path(data["json"]).read_text())
     truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] == 1]
     Path(data["json"]).write_text(json.dumps(truth))
     keys = {
-        **tiny_msad.teacher_keys("fcos"),
-        "MODEL.ALIGNED.SPLIT_BN": True,
         "KD.DATASETS": [data],
         "DATASETS.TRAIN": [data["name"]],
         # A batch is both images, one per process.
         "DATALOADER.FILTER_EMPTY_ANNOTATIONS": False,
     }
-    config = tiny_runs.write_config(tmp_path / "run.yaml", "fcos", keys)
-    tiny_runs.torchrun(config)
-    content = torch.load(tmp_path / "run" / "model_final.pth")
-    assert content["iteration"] == 2
-    parameters = list(build_model(load_config(str(config))).parameters())
-    momenta = content["trainer"]["_trainer"]["optimizer"]["state"]
-    assert len(momenta) == len(parameters)
-    assert all(state["momentum_buffer"].isfinite().all() for state in momenta.values())
+    own = {**tiny_msad.teacher_keys("fcos"), **keys, "MODEL.ALIGNED.SPLIT_BN": True}
+    config = tiny_runs.write_config(tmp_path / "teacher.yaml", "fcos", own, r50=True)
+    keys |= tiny_msad.msad_keys("fcos", TinyTeacher(config, Path("auto")))
+    student = tiny_runs.write_config(tmp_path / "student.yaml", "fcos", keys, r50=True)
+    tiny_runs.torchrun(student)
+    for name in ("teacher", "student"):
+        content = torch.load(tmp_path / name / "model_final.pth")
+        assert content["iteration"] == 2
+        model = build_model(student_cfg(load_config(str(tmp_path / f"{name}.yaml"))))
+        momenta = content["trainer"]["_trainer"]["optimizer"]["state"]
+        assert len(momenta) == len(list(model.parameters()))
+        assert all(state["momentum_buffer"].isfinite().all() for state in momenta.values())
 
 
 def test_evaluation_runs_the_student_on_the_reduced_view_alone(

@@ -93,11 +93,24 @@ def test_low_branch_equals_a_plain_detector_on_the_reduced_image(name: str) -> N
         torch.testing.assert_close(*heatmaps, atol=1e-4, rtol=1e-3)
 
 
+def test_each_branchs_weight_scales_its_losses() -> None:
+    """Published: 1, 1, 0.4."""
+    model = aligned("RetinaNet")
+    data = batch()
+    published = model(data)
+    model.loss_weights = dict.fromkeys(BRANCHES, 1.0)
+    model.detector.loss_normalizer = 100.0
+    plain = model(data)
+    for key, loss in published.items():
+        factor = 0.4 if key.endswith("_fused") else 1.0
+        torch.testing.assert_close(loss, factor * plain[key])
+
+
 @pytest.mark.parametrize("name", DETECTORS)
-def test_batch_of_two_equals_two_batches_of_one(name: str) -> None:
-    """Images of equal size, so that padding is equal as well."""
+def test_batch_of_four_equals_four_batches_of_one(name: str) -> None:
+    """(j), with images of equal size, so that padding is equal as well."""
     model = aligned(name).eval()
-    data = [{"image": torch.rand(3, 64, 96) * 255} for _ in range(2)]
+    data = [{"image": torch.rand(3, 64, 96) * 255} for _ in range(4)]
     together = [x["instances"] for x in model(data)]
     alone = [model([item])[0]["instances"] for item in data]
     for found, expected in zip(together, alone, strict=True):

@@ -1,10 +1,13 @@
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.events import EventStorage
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tiny_aligned import HIGH, LOW, aligned, batch, calls_of, detector_cfg
 
 import kd_det.modeling  # noqa: F401
@@ -52,20 +55,29 @@ def test_levels_nobody_wants_are_not_computed() -> None:
 
 @pytest.mark.parametrize(("factor", "levels"), [(2, HIGH), (4, ["p4", "p5", "p6", "p7"])])
 def test_pairs_lie_on_the_same_grid(factor: int, levels: list[str]) -> None:
-    """The smallest padded size, odd levels, and sizes on both sides of a multiple."""
+    """(a): the smallest padded size, sizes on both sides of a multiple, and any others."""
     cfg = detector_cfg("RetinaNet", levels)
     cfg.MODEL.META_ARCHITECTURE = "AlignedMultiScaleDetector"
     cfg.MODEL.ALIGNED.META_ARCHITECTURE = "RetinaNet"
     cfg.MODEL.ALIGNED.FACTOR = factor
     model = build_model(cfg)
-    for size in [(1, 1), (63, 65), (32 * factor, 96 * factor), (129, 32 * factor + 1)]:
-        images = model.detector.preprocess_image([{"image": torch.rand(3, *size)}])
+
+    @given(st.integers(1, 400), st.integers(1, 400))
+    @example(1, 1)
+    @example(63, 65)
+    @example(32 * factor, 96 * factor)
+    @example(129, 32 * factor + 1)
+    @settings(max_examples=25, deadline=None)
+    def check(height: int, width: int) -> None:
+        images = model.detector.preprocess_image([{"image": torch.rand(3, height, width)}])
         with torch.no_grad():
             pyramids = model._pyramids(images, BRANCHES)
         shapes = [[x.shape for x in pyramid.values()] for pyramid in pyramids.values()]
         assert shapes[0] == shapes[1] == shapes[2]
         strides = [-(-images.tensor.shape[2] // x[2]) for x in shapes[0]]
         assert strides[:2] == model.strides[:2] == [4 * factor, 8 * factor]
+
+    check()
 
 
 def test_invalid_pairings_say_what_to_change() -> None:
@@ -76,8 +88,28 @@ def test_invalid_pairings_say_what_to_change() -> None:
         paired_levels(shapes, HIGH, 4)
     with pytest.raises(ValueError, match=r"FACTOR must be 2, 4, 8, .*, found 3"):
         paired_levels(shapes, HIGH, 3)
-    with pytest.raises(ValueError, match="EVAL_BRANCH 'both'"):
-        aligned("RetinaNet", EVAL_BRANCH="both")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"EVAL_BRANCH": "both"}, "EVAL_BRANCH 'both'"),
+        ({"LOSS_WEIGHTS": [1.0, -1.0, 0.4]}, r"LOSS_WEIGHTS is \[1.0, -1.0, 0.4\]; expected"),
+        ({"LOSS_WEIGHTS": [0.0, 0.0, 0.0]}, "at least one of them above"),
+        ({"FUSION": "mean", "MASK_PADDING": True}, "FUSION 'mean' pools nothing"),
+    ],
+)
+def test_invalid_options_say_what_to_change(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        aligned("RetinaNet", **options)
+
+
+def test_a_detector_with_losses_of_its_own_is_refused() -> None:
+    cfg = detector_cfg("Faster", HIGH)
+    cfg.MODEL.META_ARCHITECTURE = "AlignedMultiScaleDetector"
+    cfg.MODEL.ALIGNED.META_ARCHITECTURE = "PanopticFPN"
+    with pytest.raises(TypeError, match="names a PanopticFPN"):
+        build_model(cfg)
     with pytest.raises(ValueError, match="INTERPOLATION is 'cubic'"):
         aligned("RetinaNet", INTERPOLATION="cubic")
     with pytest.raises(ValueError, match="itself; name the detector"):
