@@ -305,8 +305,8 @@ def _add_pgd(kd: CfgNode) -> None:
     # Adapter where the towers' widths differ ("auto"); the paper has none.
     kd.PGD.ADAPTER = "auto"
     # Weights of classification foreground, background, regression, attention. The release weights a
-    # batch's images by each other's masks: with right masks ALPHA may need to be 2 to 4 times
-    # larger.
+    # batch's images by each other's masks: with right masks ALPHA and BETA may need to be 2 to 4
+    # times larger.
     kd.PGD.ALPHA = 0.04
     kd.PGD.BETA = 0.02
     kd.PGD.GAMMA = 0.064

@@ -45,11 +45,15 @@ def _read_box(box: Any, where: str) -> dict[str, Any]:
         raise ValueError(f'{where}: found {found}; expected at least "tag" and "fbox"')
     fbox = box["fbox"]
     numbers = isinstance(fbox, list) and all(
-        isinstance(value, (int, float)) and math.isfinite(value) for value in fbox
+        type(value) in (int, float) and math.isfinite(value) for value in fbox
     )
     if not numbers or len(fbox) != 4:
         raise ValueError(f"{where}: fbox is {fbox}; expected four finite numbers x, y, w, h")
-    ignored = box["tag"] != "person" or box.get("extra", {}).get("ignore", 0) != 0
+    extra = box.get("extra", {})
+    ignore = extra.get("ignore", 0) if isinstance(extra, dict) else None
+    if ignore not in (0, 1):
+        raise ValueError(f'{where}: extra is {extra}; expected {{}} or {{"ignore": 0 or 1}}')
+    ignored = box["tag"] != "person" or ignore == 1
     return {
         "bbox": [float(value) for value in fbox],
         "bbox_mode": BoxMode.XYWH_ABS,
@@ -62,20 +66,24 @@ def _read_odgt(odgt_file: Path) -> dict[str, list[dict[str, Any]]]:
     """Annotations by image ID, in the order of the file."""
     annotations: dict[str, list[dict[str, Any]]] = {}
     line_of: dict[str, int] = {}
-    with open(odgt_file, encoding="utf-8") as lines:
+    with open(odgt_file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{odgt_file}, line {number}"
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # no UTF-8, or no JSON
                 raise ValueError(
                     f"{where}: no JSON ({error}); expected {_EXPECTED_LINE}"
                 ) from error
             if not isinstance(record, dict) or not {"ID", "gtboxes"} <= record.keys():
                 found = sorted(record) if isinstance(record, dict) else type(record).__name__
                 raise ValueError(f"{where}: found {found}; expected {_EXPECTED_LINE}")
+            if not isinstance(record["gtboxes"], list):
+                raise ValueError(
+                    f"{where}: gtboxes is {record['gtboxes']!r}; expected {_EXPECTED_LINE}"
+                )
             image_id = str(record["ID"])
             if image_id in annotations:
                 raise ValueError(
@@ -107,7 +115,9 @@ def _image_sizes(files: dict[str, Path], sidecar: Path) -> dict[str, tuple[int, 
     """
     try:
         known = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent, or damaged: collected anew
+    except (OSError, ValueError):
+        known = None
+    if not isinstance(known, dict):  # absent, or damaged: collected anew
         known = {}
     entries = {}
     for image_id, file in files.items():
@@ -119,7 +129,9 @@ def _image_sizes(files: dict[str, Path], sidecar: Path) -> dict[str, tuple[int, 
                 f"file as {{ID}}.jpg in {file.parent}"
             ) from error
         entry = known.get(image_id)
-        entries[image_id] = entry if entry and entry[0] == length else [length, *_read_size(file)]
+        if not isinstance(entry, list) or len(entry) != 3 or entry[0] != length:
+            entry = [length, *_read_size(file)]
+        entries[image_id] = entry
     if entries != known:
         _replace(sidecar, json.dumps(entries))
     return {image_id: (width, height) for image_id, (_, width, height) in entries.items()}

@@ -20,7 +20,7 @@ teacher guides a student whose head has no towers.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -36,7 +36,7 @@ from kd_det.distillers.base import (
     Step,
     Targets,
 )
-from kd_det.functional.gaussian_importance import importance_maps
+from kd_det.functional.gaussian_importance import Gate, importance_maps
 from kd_det.functional.level_grid import (
     Level,
     positions_in_boxes,
@@ -44,7 +44,11 @@ from kd_det.functional.level_grid import (
     split_levels,
     to_device,
 )
-from kd_det.functional.prediction_guided import classification_terms, regression_terms
+from kd_det.functional.prediction_guided import (
+    MaskScope,
+    classification_terms,
+    regression_terms,
+)
 
 # Strides within this relative distance are the same grid.
 _SAME_GRID = 0.02
@@ -101,11 +105,30 @@ class PGD(Distiller):
         Args: as the keys of KD.PGD, which say what each is and where its value is from.
 
         Raises:
-            ValueError: `features` has no such value.
+            ValueError: a value out of its range; the message names the key.
         """
         super().__init__()
-        if features not in ("towers", "neck"):
-            raise ValueError(f"KD.PGD.FEATURES is {features!r}, expected 'towers' or 'neck'.")
+        for key, value, choices in (
+            ("FEATURES", features, ("towers", "neck")),
+            ("GATE", gate, get_args(Gate)),
+            ("MASK_SCOPE", mask_scope, get_args(MaskScope)),
+        ):
+            if value not in choices:
+                expected = " or ".join(map(repr, choices))
+                raise ValueError(f"KD.PGD.{key} is {value!r}, expected {expected}.")
+        weights = {"ALPHA": alpha, "BETA": beta, "GAMMA": gamma, "DELTA": delta}
+        weights |= {f"LEVEL_WEIGHTS[{i}]": weight for i, weight in enumerate(level_weights)}
+        for key, number, low, high in (
+            *((key, weight, 0, math.inf) for key, weight in weights.items()),
+            ("TAU", tau, math.ulp(0.0), math.inf),
+            ("TOP_K", top_k, 1, math.inf),
+            ("TOWER_BLOCK", tower_block, 0, math.inf),
+            ("XI_CLS", xi_cls, 0, 1),
+            ("XI_REG", xi_reg, 0, 1),
+        ):
+            if not (math.isfinite(number) and low <= number <= high):
+                bounds = "above 0" if key == "TAU" else f"from {low} to {high}"
+                raise ValueError(f"KD.PGD.{key} is {number}, expected a number {bounds}.")
         neck = features == "neck"
         self.cls_path = "backbone" if neck else f"{cls_tower}#{tower_block}"
         self.reg_path = "" if neck or not reg_tower else f"{reg_tower}#{tower_block}"

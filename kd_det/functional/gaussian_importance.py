@@ -130,6 +130,11 @@ def importance_maps(
     """
     num_images, num_positions = logits.shape[0], count_positions(levels)
     _check(logits, boxes, num_positions, gate)
+    if not gt_boxes.shape[:2] == gt_classes.shape == gt_valid.shape or len(gt_valid) != num_images:
+        raise ValueError(
+            f"The ground truth has shapes {tuple(gt_boxes.shape)}, {tuple(gt_classes.shape)} and "
+            f"{tuple(gt_valid.shape)}. Expected (N, M, 4), (N, M) and (N, M) for N = {num_images}."
+        )
     image, slot = gt_valid.cpu().nonzero(as_tuple=True)
     objects, classes = gt_boxes.cpu()[image, slot], gt_classes.cpu()[image, slot]
     if len(classes) and not 0 <= classes.min() <= classes.max() < logits.shape[2]:

@@ -200,7 +200,8 @@ def shared_arguments(
         The arguments of `SingleAnchorDetector.__init__`, the backbone and the head built.
 
     Raises:
-        ValueError: a level of IN_FEATURES that the backbone lacks, or a count below 1.
+        ValueError: a level of IN_FEATURES that the backbone lacks, a count below 1, or an anchor
+            without size.
     """
     keys = cfg.MODEL[name]
     backbone = build_backbone(cfg)
@@ -208,6 +209,8 @@ def shared_arguments(
     for key in ("NUM_CONVS", "TOPK", "REG_MAX"):
         if key in keys and keys[key] < 1:
             raise ValueError(f"MODEL.{name}.{key} is {keys[key]}, expected at least 1.")
+    if keys.ANCHOR_SCALE <= 0:
+        raise ValueError(f"MODEL.{name}.ANCHOR_SCALE is {keys.ANCHOR_SCALE}, expected above 0.")
     head = DenseHead(
         input_shape=input_shape,
         num_classes=keys.NUM_CLASSES,

@@ -76,6 +76,17 @@ def test_persons_nobody_can_find_are_ignored_and_reported(tmp_path, caplog, fbox
         ({"ID": "b", "gtboxes": [person([1, 2, 3])]}, r"line 2, box 0 of 'b': fbox is \[1, 2, 3\]"),
         ({"ID": "b", "gtboxes": [person([1, 2, 3, float("nan")])]}, "four finite numbers"),
         ({"ID": "b", "gtboxes": [person("1234")]}, "fbox is 1234"),
+        ({"ID": "b", "gtboxes": [person([True, 2, 3, 4])]}, r"fbox is \[True"),
+        ({"ID": "b", "gtboxes": None}, "line 2: gtboxes is None"),
+        ({"ID": "b", "gtboxes": {}}, r"line 2: gtboxes is \{\}"),
+        (
+            {"ID": "b", "gtboxes": [{**person([1, 2, 3, 4]), "extra": None}]},
+            "box 0 of 'b': extra is None; expected",
+        ),
+        (
+            {"ID": "b", "gtboxes": [{**person([1, 2, 3, 4]), "extra": {"ignore": "0"}}]},
+            r"extra is \{'ignore': '0'\}; expected",
+        ),
     ],
 )
 def test_malformed_lines_are_named(tmp_path, line, message):
@@ -110,8 +121,9 @@ def test_sizes_are_read_once_and_again_after_a_change(tmp_path, monkeypatch):
         (400, 300),
     ]
     assert read == ["b.jpg"]
-    (tmp_path / "a.sizes.json").write_text("{damaged")
-    assert load_crowdhuman(odgt, images)[1]["width"] == 400
+    for damaged in ("{damaged", "[]", '{"b": 5}'):
+        (tmp_path / "a.sizes.json").write_text(damaged)
+        assert load_crowdhuman(odgt, images)[1]["width"] == 400
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_obstacle(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """PGD: masks from the teacher's predictions, terms per level; the parts are `functional`'s."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -34,6 +35,8 @@ LEVELS = [Level(height, width, s) for (height, width), s in zip(SIDES, STRIDES, 
 
 class TestPGD(DistillerContract):
     name = "PGD"
+    # All positions of the small scene would be selected by 30.
+    options: ClassVar[dict[str, Any]] = {"top_k": 6}
     # Regression is averaged over the positions of the whole batch, as published.
     parts_of_mean = ("cls",)
     other: ClassVar[dict[str, Any]] = {
@@ -59,15 +62,15 @@ class TestPGD(DistillerContract):
 
 
 class TestNeck(TestPGD):
-    options: ClassVar[dict[str, Any]] = {"features": "neck"}
+    options: ClassVar[dict[str, Any]] = {"features": "neck", "top_k": 6}
 
 
 class TestCoupledHead(TestPGD):
-    options: ClassVar[dict[str, Any]] = {"reg_tower": "", "gate": "after"}
+    options: ClassVar[dict[str, Any]] = {"reg_tower": "", "gate": "after", "top_k": 6}
 
 
 class TestBatchMasks(TestPGD):
-    options: ClassVar[dict[str, Any]] = {"mask_scope": "batch"}
+    options: ClassVar[dict[str, Any]] = {"mask_scope": "batch", "top_k": 6}
     # The release weights each image by all images' masks.
     parts_of_mean = ()
 
@@ -196,15 +199,57 @@ def test_captures() -> None:
     ]
 
 
-def test_unknown_features() -> None:
-    with pytest.raises(ValueError, match=r"FEATURES is 'fpn', expected 'towers' or 'neck'"):
-        PGD(features="fpn")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": "fpn"}, r"FEATURES is 'fpn', expected 'towers' or 'neck'"),
+        ({"gate": "never"}, r"GATE is 'never', expected 'before' or 'after'"),
+        ({"mask_scope": "world"}, r"MASK_SCOPE is 'world', expected 'image' or 'batch'"),
+        ({"alpha": -1.0}, r"ALPHA is -1\.0, expected a number from 0"),
+        ({"delta": math.nan}, "DELTA is nan"),
+        ({"level_weights": (1.0, -2.0)}, r"LEVEL_WEIGHTS\[1\] is -2\.0"),
+        ({"tau": 0.0}, r"TAU is 0\.0, expected a number above 0"),
+        ({"top_k": 0}, "TOP_K is 0, expected a number from 1"),
+        ({"tower_block": -1}, "TOWER_BLOCK is -1"),
+        ({"xi_cls": 1.5}, r"XI_CLS is 1\.5, expected a number from 0 to 1"),
+        ({"xi_reg": -0.5}, r"XI_REG is -0\.5"),
+    ],
+)
+def test_values_out_of_range_are_refused_when_built(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"KD\.PGD\.{message}"):
+        PGD(**options)
 
 
-@pytest.mark.parametrize("options", [{"gate": "never"}, {"mask_scope": "world"}])
-def test_unknown_choices(scene: Scene, options: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options.values()))):
-        PGD(**options)(scene.step())  # type: ignore[arg-type]
+def test_nothing_waits_for_the_device(scene: Scene) -> None:
+    """Tensors without data stand for a device: whatever needed a value of them would raise."""
+    step = scene.step()
+
+    def away(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to("meta")
+        return [away(x) for x in value] if isinstance(value, list) else value
+
+    predictions = step.teacher["predictions"]
+    fields = {f.name: away(getattr(predictions, f.name)) for f in dataclasses.fields(predictions)}
+    step.teacher["predictions"] = dataclasses.replace(predictions, **fields)
+    step.pairs = {
+        name: [
+            Pair(
+                pair.name,
+                pair.stride,
+                away(pair.student).requires_grad_(),
+                away(pair.teacher),
+                away(pair.image_sizes),
+            )
+            for pair in pairs
+        ]
+        for name, pairs in step.pairs.items()
+    }
+    for options in ({}, {"gate": "after", "mask_scope": "batch", "mask_ignored": True}):
+        losses = PGD(**options)(step)  # type: ignore[arg-type]
+        assert all(loss.is_meta for loss in losses.values())
+        sum(losses.values()).backward()  # type: ignore[union-attr]
+    assert all(pair.student.grad is not None for pair in step.pairs["cls"])
 
 
 class TestMasks:

@@ -8,6 +8,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
 
 from kd_det.data.crowdhuman import register_crowdhuman
 from kd_det.data.synthetic_crowd import make_synthetic_crowd
@@ -64,6 +65,25 @@ def test_the_truth_is_perfect(crowd, tmp_path):
         "bbox": [x0, y0, x1 - x0, y1 - y0],
         "score": pytest.approx(0.95),
     }
+
+
+def test_boxes_count_inside_the_image(tmp_path):
+    """A quarter of this person is in the image; against the rest, the detection would be lost."""
+    (tmp_path / "Images").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "Images" / "a.jpg")
+    box = {"tag": "person", "fbox": [-30, 0, 40, 30], "extra": {}}
+    (tmp_path / "a.odgt").write_text(json.dumps({"ID": "a", "gtboxes": [box]}))
+    register_crowdhuman(NAME, tmp_path / "a.odgt", tmp_path / "Images")
+    try:
+        images = DatasetCatalog.get(NAME)
+        evaluator = CrowdHumanEvaluator(NAME, distributed=False)
+        for seen in ([0.0, 0.0, 10.0, 30.0], [-30.0, 0.0, 10.0, 30.0]):
+            evaluator.reset()
+            evaluator.process(images, [detected(images[0], torch.tensor([seen]))])
+            assert evaluator.evaluate()["bbox"]["AP"] == 100
+    finally:
+        DatasetCatalog.remove(NAME)
+        MetadataCatalog.remove(NAME)
 
 
 def test_reset_forgets_and_missing_images_count(crowd, caplog):

@@ -118,6 +118,14 @@ def test_ignore_regions_excuse_many_but_only_what_finds_nobody():
     assert crowd_metrics([crowd]) == {"AP": 100.0, "MR": 0.0, "JI": 100.0, "recall": 100.0}
 
 
+def test_jaccard_takes_float32_scores_as_they_were_meant():
+    """In float32, 0.7 is 0.69999999; the stray below it must go, and it must stay."""
+    box, other = [[0.0, 0.0, 10.0, 20.0]], [[50.0, 0.0, 60.0, 20.0]]
+    scores = [float(np.float32(0.7)), float(np.float32(0.6))]
+    assert scores[0] < 0.7
+    assert jaccard_index([scene(box, [], [*box, *other], scores)]) == (1.0, 0.7)
+
+
 def test_jaccard_does_not_count_an_unfound_person_inside_an_ignore_region():
     crowd = scene([strip(0, 10), strip(50, 60)], [strip(45, 65)], [strip(0, 10)], [0.95])
     assert jaccard_index([crowd])[0] == 1.0

@@ -189,3 +189,7 @@ def test_errors_name_what_does_not_fit():
         batch.maps()
     with pytest.raises(ValueError, match="'around'"):
         Batch().maps(gate="around")
+    batch = Batch()
+    batch.gt_boxes = batch.gt_boxes[:1]
+    with pytest.raises(ValueError, match=r"shapes \(1, 5, 4\), \(2, 5\) and \(2, 5\)"):
+        batch.maps()

@@ -111,6 +111,11 @@ def test_counts_below_1_are_refused(key: str) -> None:
         build_tiny("gfl", f"MODEL.GFL.{key}", 0)
 
 
+def test_anchors_have_a_size() -> None:
+    with pytest.raises(ValueError, match=r"MODEL\.GFL\.ANCHOR_SCALE is 0\.0, expected above 0"):
+        build_tiny("gfl", "MODEL.GFL.ANCHOR_SCALE", 0.0)
+
+
 @pytest.mark.parametrize("batch", [[no_objects()], [no_objects(), two_images()[0]]])
 def test_images_without_objects(batch: list[dict]) -> None:
     model = build_gfl()
