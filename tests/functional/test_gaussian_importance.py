@@ -14,7 +14,12 @@ from kd_det.functional.gaussian_importance import (
     importance_maps,
     prediction_quality,
 )
-from kd_det.functional.level_grid import Level, count_positions, grid_positions
+from kd_det.functional.level_grid import (
+    Level,
+    count_positions,
+    grid_positions,
+    positions_in_boxes,
+)
 from kd_det.functional.prediction_guided import mean_mask
 
 COARSE = (Level(4, 4, 8),)
@@ -174,6 +179,17 @@ def test_levels_share_one_selection_and_one_fit():
     expected = torch.zeros(20, dtype=torch.float64)
     expected[[5, 6, 9, 16]] = torch.tensor([0.955563, 0.244365, 0.244365, 0.320984]).double()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    # Each level is divided by its own number of positions.
+    fine, coarse = mean_mask(found[:16].view(1, 4, 4)), mean_mask(found[16:].view(1, 2, 2))
+    expected = torch.tensor([0.318521, 0.081455, 0.081455, 0.320984]).double()
+    values = torch.cat([fine.flatten()[[5, 6, 9]], coarse.flatten()[:1]])
+    torch.testing.assert_close(values, expected, atol=1e-6, rtol=0)
+
+
+def test_background_is_what_lies_in_no_box():
+    """Of the grid above, the rows y = 20 and y = 28."""
+    inside = positions_in_boxes(COARSE, torch.tensor([[COARSE_BOX]]), torch.ones(1, 1).bool())
+    assert inside.view(4, 4).tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
 
 
 def test_overlapping_boxes_keep_the_larger_weight():
