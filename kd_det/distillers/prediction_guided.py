@@ -108,27 +108,18 @@ class PGD(Distiller):
             ValueError: a value out of its range; the message names the key.
         """
         super().__init__()
-        for key, value, choices in (
-            ("FEATURES", features, ("towers", "neck")),
-            ("GATE", gate, get_args(Gate)),
-            ("MASK_SCOPE", mask_scope, get_args(MaskScope)),
-        ):
-            if value not in choices:
-                expected = " or ".join(map(repr, choices))
-                raise ValueError(f"KD.PGD.{key} is {value!r}, expected {expected}.")
-        weights = {"ALPHA": alpha, "BETA": beta, "GAMMA": gamma, "DELTA": delta}
-        weights |= {f"LEVEL_WEIGHTS[{i}]": weight for i, weight in enumerate(level_weights)}
-        for key, number, low, high in (
-            *((key, weight, 0, math.inf) for key, weight in weights.items()),
-            ("TAU", tau, math.ulp(0.0), math.inf),
-            ("TOP_K", top_k, 1, math.inf),
-            ("TOWER_BLOCK", tower_block, 0, math.inf),
-            ("XI_CLS", xi_cls, 0, 1),
-            ("XI_REG", xi_reg, 0, 1),
-        ):
-            if not (math.isfinite(number) and low <= number <= high):
-                bounds = "above 0" if key == "TAU" else f"from {low} to {high}"
-                raise ValueError(f"KD.PGD.{key} is {number}, expected a number {bounds}.")
+        _expect_choice("FEATURES", features, ("towers", "neck"))
+        _expect_choice("GATE", gate, get_args(Gate))
+        _expect_choice("MASK_SCOPE", mask_scope, get_args(MaskScope))
+        for key, weight in (("ALPHA", alpha), ("BETA", beta), ("GAMMA", gamma), ("DELTA", delta)):
+            _expect_number(key, weight, low=0)
+        for i, weight in enumerate(level_weights):
+            _expect_number(f"LEVEL_WEIGHTS[{i}]", weight, low=0)
+        _expect_number("TAU", tau, low=1e-6)
+        _expect_number("TOP_K", top_k, low=1)
+        _expect_number("TOWER_BLOCK", tower_block, low=0)
+        _expect_number("XI_CLS", xi_cls, low=0, high=1)
+        _expect_number("XI_REG", xi_reg, low=0, high=1)
         neck = features == "neck"
         self.cls_path = "backbone" if neck else f"{cls_tower}#{tower_block}"
         self.reg_path = "" if neck or not reg_tower else f"{reg_tower}#{tower_block}"
@@ -232,6 +223,18 @@ class PGD(Distiller):
             terms = regression_terms(pair.student, pair.teacher, importance, tau=self.tau)
             losses.append(terms.weighted(self.gamma, self.delta))
         return torch.stack(losses).sum()
+
+
+def _expect_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise ValueError(f"KD.PGD.{key} is {value!r}, expected {expected}.")
+
+
+def _expect_number(key: str, value: float, *, low: float, high: float = math.inf) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        bound = f"a number from {low:g}" + (f" to {high:g}" if high < math.inf else " on")
+        raise ValueError(f"KD.PGD.{key} is {value}, expected {bound}.")
 
 
 def _pad(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:

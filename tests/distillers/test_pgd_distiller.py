@@ -208,7 +208,7 @@ def test_captures() -> None:
         ({"alpha": -1.0}, r"ALPHA is -1\.0, expected a number from 0"),
         ({"delta": math.nan}, "DELTA is nan"),
         ({"level_weights": (1.0, -2.0)}, r"LEVEL_WEIGHTS\[1\] is -2\.0"),
-        ({"tau": 0.0}, r"TAU is 0\.0, expected a number above 0"),
+        ({"tau": 0.0}, r"TAU is 0\.0, expected a number from 1e-06"),
         ({"top_k": 0}, "TOP_K is 0, expected a number from 1"),
         ({"tower_block": -1}, "TOWER_BLOCK is -1"),
         ({"xi_cls": 1.5}, r"XI_CLS is 1\.5, expected a number from 0 to 1"),
