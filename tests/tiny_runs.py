@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,6 +278,18 @@ def torchrun(config: Path, *words: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
+
+
+def calls_of(module: torch.nn.Module, action: Callable[[], Any]) -> list[tuple[Any, Any]]:
+    """(inputs, output) of each call of a module during an action."""
+    calls: list[tuple[Any, Any]] = []
+    handle = module.register_forward_hook(lambda _, inputs, out: calls.append((inputs, out)))
+    try:
+        with torch.no_grad():
+            action()
+    finally:
+        handle.remove()
+    return calls
 
 
 def equal_states(a: Any, b: Any) -> bool:

@@ -200,7 +200,7 @@ def bench_targets(
     for count in scenes:  # both compute the same
         for found, expected in zip(runs[count, "batched"](), runs[count, "loop"](), strict=True):
             torch.testing.assert_close(found.cpu(), expected.cpu(), atol=1e-3, rtol=0)
-    seconds = take_turns(runs, rounds, device, clock="cpu" if device == "cpu" else "wall")
+    seconds = take_turns(runs, rounds, device, clock="cpu")
     rows: list[dict[str, float | None]] = []
     for count in scenes:
         batched, loop = seconds[count, "batched"], seconds[count, "loop"]
@@ -226,7 +226,7 @@ def bench_losses(
     scene = Scene.random(levels, size, 10, device)
     distill, student = distillation(size, scene), student_step(size, scene, depth, device)
     runs = {"losses": distill, "student": student}
-    seconds = take_turns(runs, rounds, device, clock="cpu" if device == "cpu" else "wall")
+    seconds = take_turns(runs, rounds, device, clock="cpu")
     return {
         "student": f"FCOS R{depth}-FPN",
         "height": size[0],

@@ -32,13 +32,14 @@ def take_turns(
         runs: the functions, each called once before to warm up.
         rounds: measurements of each.
         device: "cpu", or a GPU to wait for.
-        clock: "wall", or on a CPU "cpu" for the seconds of all threads: on a busy machine wall time
-            grows faster than work, because short calls escape the scheduler and long ones do not.
+        clock: "wall", or "cpu" for the seconds of all threads, which a GPU has not: on a busy machine
+            wall time grows faster than work, because short calls escape the scheduler and long ones
+            do not.
 
     Returns:
         For each function the seconds of its fastest call of each round.
     """
-    timer = time.process_time if clock == "cpu" else time.perf_counter
+    timer = time.process_time if clock == device == "cpu" else time.perf_counter
 
     def timed(run: Callable[[], Any]) -> None:
         run()

@@ -29,11 +29,11 @@ class Run:
     config_file: Path
     # All overrides, KEY VALUE ..., OUTPUT_DIR and SEED included.
     opts: tuple[str, ...]
+    # 0: an evaluation.
     iterations: int
     # Runs whose final checkpoints this one reads.
     needs: tuple["Run", ...] = ()
     is_teacher: bool = False
-    eval_only: bool = False
 
     @property
     def title(self) -> str:
@@ -49,7 +49,7 @@ class Run:
 
     def arguments(self) -> list[str]:
         """Return the command line after the program's name."""
-        flags = ["--eval-only"] if self.eval_only else []
+        flags = [] if self.iterations else ["--eval-only"]
         if (self.folder / "last_checkpoint").exists():
             flags.append("--resume")
         return ["--config-file", str(self.config_file), *flags, *self.opts]
@@ -161,7 +161,6 @@ class _Planner:
         folder = self.out / (
             f"teachers/{name}-{digest}" if is_teacher else f"runs/{name}-seed{seed}-{digest}"
         )
-        evaluated = weights != "auto" or cfg.SOLVER.MAX_ITER == 0
         if folder not in self.runs:
             self.test_sets[f"{config.name} ({name})"] = tuple(cfg.DATASETS.TEST)
             self.runs[folder] = Run(
@@ -170,10 +169,9 @@ class _Planner:
                 folder=folder,
                 config_file=config,
                 opts=(*opts, *settings, "OUTPUT_DIR", str(folder)),
-                iterations=0 if evaluated else cfg.SOLVER.MAX_ITER,
+                iterations=cfg.SOLVER.MAX_ITER if weights == "auto" else 0,
                 needs=tuple(needs),
                 is_teacher=is_teacher,
-                eval_only=evaluated,
             )
         return self.runs[folder]
 

@@ -79,28 +79,23 @@ class View:
                 "train on instances only, or use KD.STUDENT.VIEW_FACTOR 1."
             )
         image = reduce_image(item["image"], self.factor, self.interpolation)
-        out = {**item, "image": image}
-        for dim, key in ((-2, "height"), (-1, "width")):
-            loaded, reduced = item["image"].shape[dim], image.shape[dim]
-            # Evaluation returns to the loaded image's frame even where no original size is known.
-            out[key] = round(
-                item.get(key, loaded) * self._scale(loaded, reduced) * reduced / loaded
+        loaded, reduced = item["image"].shape[-2:], image.shape[-2:]
+        # Pixels of the loaded image that one of the reduced image stands for, down and across.
+        scales = [
+            self.factor if is_whole(self.factor) else full / small
+            for full, small in zip(loaded, reduced, strict=True)
+        ]
+        height, width = (
+            round(original * scale * small / full)
+            for original, scale, small, full in zip(
+                _original_size(item), scales, reduced, loaded, strict=True
             )
-        if "instances" in item:
-            out["instances"] = self._reduce_instances(item["instances"], image)
-        return out
-
-    def _scale(self, loaded: int, reduced: int) -> float:
-        """Return how many pixels of the loaded image one of the reduced image stands for."""
-        return self.factor if is_whole(self.factor) else loaded / reduced
-
-    def _reduce_instances(self, instances: Instances, image: torch.Tensor) -> Instances:
-        size = (image.shape[-2], image.shape[-1])
-        scales = (
-            1 / self._scale(loaded, reduced)
-            for loaded, reduced in zip(instances.image_size, size, strict=True)
         )
-        return scale_instances(instances, size, *scales)
+        out = {**item, "image": image, "height": height, "width": width}
+        if "instances" in item:
+            per_pixel = [1 / scale for scale in scales]
+            out["instances"] = scale_instances(item["instances"], tuple(reduced), *per_pixel)
+        return out
 
     def restore(self, outputs: Any, batched_inputs: Sequence[dict[str, Any]]) -> Any:
         """
@@ -112,12 +107,16 @@ class View:
         """
         if self.factor == 1:
             return outputs
-        restored = []
-        for output, item in zip(outputs, batched_inputs, strict=True):
-            image = item["image"]
-            size = item.get("height", image.shape[-2]), item.get("width", image.shape[-1])
-            restored.append({key: _cut(value, size) for key, value in output.items()})
-        return restored
+        return [
+            {key: _cut(value, _original_size(item)) for key, value in output.items()}
+            for output, item in zip(outputs, batched_inputs, strict=True)
+        ]
+
+
+def _original_size(item: dict[str, Any]) -> tuple[int, int]:
+    """Return the height and width evaluation returns to: as loaded, where no other is known."""
+    height, width = item["image"].shape[-2:]
+    return item.get("height", height), item.get("width", width)
 
 
 def scale_instances(

@@ -96,10 +96,10 @@ class PGD(Distiller):
         top_k: int = 30,
         xi_cls: float = 0.8,
         xi_reg: float = 0.6,
-        gate: str = "before",
+        gate: Gate = "before",
         mask_padding: bool = True,
         mask_ignored: bool = False,
-        mask_scope: str = "image",
+        mask_scope: MaskScope = "image",
     ) -> None:
         """
         Args: as the keys of KD.PGD, which say what each is and where its value is from.
@@ -187,7 +187,7 @@ class PGD(Distiller):
             levels,
             exponents=self.exponents,
             top_k=self.top_k,
-            gate=self.gate,  # type: ignore[arg-type]  # checked there
+            gate=self.gate,
             position_valid=valid,
         )
         background = ~to_device(positions_in_boxes(levels, boxes, present), device)
@@ -211,7 +211,7 @@ class PGD(Distiller):
                 _on_grid(masks.background, pair, strides),
                 tau=self.tau,
                 valid=_on_grid(masks.valid, pair, strides),
-                mask_scope=self.mask_scope,  # type: ignore[arg-type]  # checked there
+                mask_scope=self.mask_scope,
             )
             losses.append(terms.weighted(self.alpha, self.beta, self.delta, level_weight))
         return torch.stack(losses).sum()

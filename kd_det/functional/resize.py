@@ -53,7 +53,8 @@ def reduce_image(image: Tensor, factor: float, interpolation: str) -> Tensor:
     work = at_least_float32(batch)
     if is_whole(factor):
         bottom, right = (-side % int(factor) for side in image.shape[-2:])
-        work = F.pad(work, (0, right, 0, bottom), mode="replicate")
+        if bottom or right:
+            work = F.pad(work, (0, right, 0, bottom), mode="replicate")
     if interpolation == "bilinear":
         out = F.interpolate(work, size=size, mode="bilinear", align_corners=False, antialias=True)
     else:

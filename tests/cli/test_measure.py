@@ -1,4 +1,5 @@
 import time
+from itertools import groupby
 
 import pytest
 import torch
@@ -35,6 +36,17 @@ def test_functions_run_in_turn_and_sleep_costs_nothing():
     assert all(0.25 <= value < 0.4 for value in seconds["work"])
     assert ratio(seconds["work"], seconds["wait"]) > 1
     assert ratio([4.0, 9.0, 1.0], [2.0, 3.0, 1.0]) == 2
+
+
+def test_turns_are_taken_in_rounds():
+    order: list[str] = []
+    runs = {name: lambda name=name: (order.append(name), time.sleep(0.03)) for name in "ab"}
+    seconds = take_turns(runs, 3, "cpu")
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    # Warm-up, then in every round several calls of each.
+    turns = "".join(name for name, _ in groupby(order[2:]))
+    assert order[:2] == ["a", "b"] and turns == "ab" * 3
+    assert order.count("a") > 3 * 2
 
 
 def test_kept_bytes_counts_each_storage_once_and_no_input():

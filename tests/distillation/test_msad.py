@@ -1,6 +1,5 @@
 """MSAD's second stage: what the student starts as, what it learns, what is left to evaluate."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from tiny_msad import MakeAligned, msad_cfg
+from tiny_runs import calls_of
 from torch import nn
 
 from kd_det.config import load_config, student_cfg
@@ -24,18 +24,6 @@ NORMS: list[dict[str, Any]] = [
     {"MODEL.RESNETS.NORM": "GN", "MODEL.RESNETS.DEPTH": 18},
     {"MODEL.RESNETS.NORM": "BN", "MODEL.ALIGNED.SPLIT_BN": True},
 ]
-
-
-def calls_of(module: nn.Module, action: Callable[[], Any]) -> list[tuple[Any, Any]]:
-    """(inputs, output) of each call of a module during an action."""
-    calls: list[tuple[Any, Any]] = []
-    handle = module.register_forward_hook(lambda _, inputs, out: calls.append((inputs, out)))
-    try:
-        with torch.no_grad():
-            action()
-    finally:
-        handle.remove()
-    return calls
 
 
 def inherited(cfg: CfgNode) -> nn.Module:

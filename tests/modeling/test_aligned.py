@@ -14,9 +14,9 @@ from tiny_aligned import (
     aligned,
     assert_same_detections,
     batch,
-    calls_of,
     detector_cfg,
 )
+from tiny_runs import calls_of
 from torch import nn
 
 import kd_det.modeling  # noqa: F401

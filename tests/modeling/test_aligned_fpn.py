@@ -8,7 +8,8 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.events import EventStorage
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny_aligned import HIGH, LOW, aligned, batch, calls_of, detector_cfg
+from tiny_aligned import HIGH, LOW, aligned, batch, detector_cfg
+from tiny_runs import calls_of
 
 import kd_det.modeling  # noqa: F401
 from kd_det.modeling.aligned import BRANCHES, paired_levels

@@ -1,6 +1,5 @@
 """Narrow detectors, a batch and comparisons for the tests of aligned detectors."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,17 +103,6 @@ def batch(empty: bool = False) -> list[dict[str, Any]]:
         }
         for (h, w), found in zip(sizes, boxes, strict=True)
     ]
-
-
-def calls_of(module: nn.Module, action: Callable[[], Any]) -> list[tuple[Any, Any]]:
-    """(inputs, output) of each call of a module during an action."""
-    calls: list[tuple[Any, Any]] = []
-    handle = module.register_forward_hook(lambda _, inputs, out: calls.append((inputs, out)))
-    try:
-        action()
-    finally:
-        handle.remove()
-    return calls
 
 
 def assert_same_detections(found: Instances, expected: Instances, atol: float = 1e-3) -> None:
