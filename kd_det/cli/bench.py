@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_det.cli.environment import describe_environment, shown_command
-from kd_det.engine.jsonfile import write_json
+from kd_det.experiments.environment import describe_environment, shown_command
+from kd_det.files import write_json
 
 BENCHES = {
     "ssim": "SSIM between feature maps, forward and backward",
@@ -35,4 +35,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"kd_det.cli.bench_{name}")
+    return importlib.import_module(f"kd_det.bench.{name}")

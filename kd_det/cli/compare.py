@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from kd_det.cli.environment import shown_command
-from kd_det.cli.figure import draw_report
-from kd_det.cli.ground_truth import check_test_set, load_ground_truth
-from kd_det.cli.plan import Plan, make_plan
-from kd_det.cli.progress import Display
-from kd_det.cli.recipe import Recipe, RecipeError, read_recipe
-from kd_det.cli.report import (
+from kd_det.experiments.environment import shown_command
+from kd_det.experiments.figure import draw_report
+from kd_det.experiments.ground_truth import check_test_set, load_ground_truth
+from kd_det.experiments.plan import Plan, make_plan
+from kd_det.experiments.progress import Display
+from kd_det.experiments.recipe import Recipe, RecipeError, read_recipe
+from kd_det.experiments.report import (
     Outcome,
     build_report,
     comparison_lines,
@@ -25,8 +25,8 @@ from kd_det.cli.report import (
     read_detections,
     table,
 )
-from kd_det.cli.runs import RUNNER, RunFailed, cores, execute, read_result
-from kd_det.engine.jsonfile import write_json
+from kd_det.experiments.runs import RUNNER, RunFailed, cores, execute, read_result
+from kd_det.files import write_json
 
 
 def main(argv: Sequence[str], runner: Sequence[str] = RUNNER) -> int:

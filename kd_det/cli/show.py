@@ -19,14 +19,14 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.detection_utils import convert_image_to_rgb
 from torch import Tensor
 
-from kd_det.cli.overlay import draw_grid
+from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import is_distillation, load_config
 from kd_det.data import CheckedDatasetMapper, register_from_config
 from kd_det.distillation import DistillationDetector
 from kd_det.distillation.detector import targets_of
 from kd_det.distillers import PGD, SSIM, Pair
-from kd_det.engine.checkpoint import KDCheckpointer
 from kd_det.engine.trainer import DistillationTrainer
+from kd_det.experiments.overlay import draw_grid
 
 
 def main(argv: Sequence[str]) -> int:

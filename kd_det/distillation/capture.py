@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kd_det.config import nearest
+from kd_det.text import nearest
 
 
 class StopForward(Exception):

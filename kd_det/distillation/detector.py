@@ -16,15 +16,16 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.config import nearest, student_cfg
+from kd_det.config import student_cfg
+from kd_det.distillation.active import Wiring, wire
 from kd_det.distillation.gradient_share import GradientShare
 from kd_det.distillation.inherit import inherit
 from kd_det.distillation.schedule import Schedule
 from kd_det.distillation.teacher import Teacher, build_teacher
 from kd_det.distillation.views import View
-from kd_det.distillation.wiring import Wiring, wire
 from kd_det.distillers import Distiller, Step, Targets, build_distiller, loss_key
-from kd_det.modeling.aligned import AlignedMultiScaleDetector
+from kd_det.modeling.msad.aligned import AlignedMultiScaleDetector
+from kd_det.text import nearest
 
 _logger = logging.getLogger(__name__)
 

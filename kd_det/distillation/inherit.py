@@ -12,7 +12,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from kd_det.config import nearest
+from kd_det.text import nearest
 
 _logger = logging.getLogger(__name__)
 

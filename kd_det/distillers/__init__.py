@@ -1,6 +1,5 @@
 """Distillers: one published technique per module. Importing the package registers them all."""
 
-from kd_det.distillers.aligned_pyramid import AlignedPyramid
 from kd_det.distillers.base import (
     DISTILLER_REGISTRY,
     CaptureSpec,
@@ -12,7 +11,8 @@ from kd_det.distillers.base import (
     loss_key,
 )
 from kd_det.distillers.feature_lp import FeatureLp
-from kd_det.distillers.prediction_guided import PGD
+from kd_det.distillers.msad import AlignedPyramid
+from kd_det.distillers.pgd import PGD
 from kd_det.distillers.ssim import SSIM
 
 __all__ = [

@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from kd_det.config import nearest
+from kd_det.text import nearest
 
 DISTILLER_REGISTRY = Registry("DISTILLER")
 DISTILLER_REGISTRY.__doc__ = "Distillers by the name that KD.DISTILLERS lists."

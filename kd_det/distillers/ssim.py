@@ -17,7 +17,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor
 
 from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
-from kd_det.distillers.pyramid_distance import PyramidDistiller
+from kd_det.distillers.pyramid import PyramidDistiller
 from kd_det.functional.ssim import ssim_loss, ssim_map
 
 

@@ -17,14 +17,14 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import is_distillation, load_config
 from kd_det.data import register_from_config
 from kd_det.distillation.teacher import teacher_config, teacher_weights
-from kd_det.engine.checkpoint import KDCheckpointer
-from kd_det.engine.jsonfile import read_json
 from kd_det.engine.launch import launch
 from kd_det.engine.progress import write_result
 from kd_det.engine.trainer import DistillationTrainer
+from kd_det.files import read_json
 
 _logger = logging.getLogger("kd_det.engine")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from detectron2.engine import HookBase
 
-from kd_det.engine.jsonfile import write_json
+from kd_det.files import write_json
 
 
 class ProgressFile(HookBase):

@@ -27,11 +27,11 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
+from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import student_cfg
 from kd_det.data import CheckedDatasetMapper
 from kd_det.distillation import DistillationDetector
 from kd_det.distillation.teacher import class_count
-from kd_det.engine.checkpoint import KDCheckpointer
 from kd_det.engine.launch import distribute
 from kd_det.engine.loop import TrainingLoop
 from kd_det.engine.progress import ProgressFile, RunResult

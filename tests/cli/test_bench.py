@@ -19,7 +19,7 @@ def fake_bench(report):
 
 
 def test_a_benchmark_gets_its_arguments_and_its_report_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "kd_det.cli.bench_ssim", fake_bench({"rows": [1.5]}))
+    monkeypatch.setitem(sys.modules, "kd_det.bench.ssim", fake_bench({"rows": [1.5]}))
     out = tmp_path / "new" / "ssim.json"
     assert bench.main(["ssim", "--out", str(out), "--size", "3"]) == 0
     report = json.loads(out.read_text())
@@ -30,7 +30,7 @@ def test_a_benchmark_gets_its_arguments_and_its_report_the_machine(tmp_path, mon
 
 def test_what_a_benchmark_says_itself_is_kept(tmp_path, monkeypatch):
     own = {"command": "mine", "environment": {"cpu": "abacus"}}
-    monkeypatch.setitem(sys.modules, "kd_det.cli.bench_pgd", fake_bench(own))
+    monkeypatch.setitem(sys.modules, "kd_det.bench.pgd", fake_bench(own))
     bench.main(["pgd", "--out", str(tmp_path / "a.json")])
     assert json.loads((tmp_path / "a.json").read_text()) == {**own, "size": 8}
 

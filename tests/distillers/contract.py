@@ -26,7 +26,7 @@ from kd_det.distillers import (
     build_distiller,
     loss_key,
 )
-from kd_det.modeling.dense_predictions import DensePredictions
+from kd_det.modeling.dense.predictions import DensePredictions
 
 STRIDES = (8.0, 16.0)
 SIDES = ((6, 8), (3, 4))  # cells of each level: images padded to 48 x 64

@@ -26,7 +26,7 @@ from torch import Tensor
 from kd_det.distillers import PGD, Pair, Step
 from kd_det.functional.gaussian_importance import importance_maps
 from kd_det.functional.level_grid import Level, positions_in_boxes, positions_in_images
-from kd_det.functional.prediction_guided import classification_terms, regression_terms
+from kd_det.functional.pgd import classification_terms, regression_terms
 
 Student = Callable[..., CfgNode]
 MakeTeacher = Callable[[str], TinyTeacher]

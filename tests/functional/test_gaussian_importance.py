@@ -20,7 +20,7 @@ from kd_det.functional.level_grid import (
     grid_positions,
     positions_in_boxes,
 )
-from kd_det.functional.prediction_guided import mean_mask
+from kd_det.functional.pgd import mean_mask
 
 COARSE = (Level(4, 4, 8),)
 COARSE_BOX = [2.0, 2.0, 30.0, 18.0]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_det.cli.measure import peak_bytes
+from kd_det.bench.measure import peak_bytes
 from kd_det.functional.gaussian_importance import importance_maps
 from kd_det.functional.level_grid import Level, count_positions, grid_positions
 

@@ -1,0 +1,90 @@
+"""
+MSAD's second stage: a student that sees a reduced image learns a full-resolution pyramid.
+
+Paper: Qi et al., "Multi-Scale Aligned Distillation for Low-Resolution Detection", CVPR 2021.
+
+    L = 0.6 * min(1, t / 500) * sum over paired levels of  mean |P^S - P^T|
+
+P^S are the student's levels p2..p6 of the reduced view, P^T the teacher's fused pyramid on the same
+grids (p3..p7 of the full view, blended with its own p2..p6 of the reduced one). The coefficient is
+alpha * T^2 / T with the paper's alpha 0.2 and temperature 3. An ordinary high-resolution detector
+teaches in the same way, with its p3..p7.
+"""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor
+from torch.nn import functional as F
+
+from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
+from kd_det.distillers.pyramid import PyramidDistiller
+from kd_det.functional.distance import at_least_float32, masked_mean, mean_distance
+from kd_det.functional.ssim import ssim_loss
+
+LOSSES = ("l1", "l2", "smooth_l1", "cosine", "ssim")
+
+
+@DISTILLER_REGISTRY.register()
+class AlignedPyramid(PyramidDistiller):
+    """Sum over paired levels of a distance to the teacher's aligned pyramid."""
+
+    config_key = "ALIGNED_PYRAMID"
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        loss: str = "l1",
+        mask_padding: bool = False,
+        student_capture: str = "backbone",
+        teacher_capture: str = "fusion",
+        adapter: AdapterMode = "auto",
+    ) -> None:
+        """
+        Args:
+            loss: "l1" (paper), "l2", "smooth_l1", "cosine" or "ssim".
+            mask_padding: average over the cells on the image only (paper: off).
+            student_capture: module path of the student's pyramid.
+            teacher_capture: "fusion" is the aligned teacher's fused pyramid, "detector.backbone@0"
+                its full-resolution one, "detector.backbone@1" its reduced one; "backbone" serves an
+                ordinary teacher.
+            adapter: when the student's maps pass a 1x1 convolution.
+
+        Raises:
+            ValueError: the loss has no such name.
+        """
+        super().__init__(
+            mask_padding=mask_padding,
+            student_capture=student_capture,
+            teacher_capture=teacher_capture,
+            adapter=adapter,
+        )
+        if loss not in LOSSES:
+            raise ValueError(
+                f"KD.ALIGNED_PYRAMID.LOSS is {loss!r}, expected one of {', '.join(LOSSES)}."
+            )
+        self.loss = loss
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Translate KD.ALIGNED_PYRAMID."""
+        node = cfg.KD.ALIGNED_PYRAMID
+        return {"loss": node.LOSS, **cls.common_arguments(node)}
+
+    def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
+        """Return the distance of a pair."""
+        if self.loss in ("l1", "l2"):
+            p = 1 if self.loss == "l1" else 2
+            return mean_distance(pair.student, pair.teacher, p=p, mask=mask)
+        if self.loss == "ssim":
+            return ssim_loss(pair.student, pair.teacher, mask=mask)
+        with torch.autocast(pair.student.device.type, enabled=False):
+            student = at_least_float32(pair.student)
+            teacher = at_least_float32(pair.teacher.detach())
+            if self.loss == "cosine":
+                distance = 1 - F.cosine_similarity(student, teacher, dim=1)[:, None]
+            else:
+                distance = F.smooth_l1_loss(student, teacher, reduction="none")
+            return masked_mean(distance, mask)

@@ -1,0 +1,268 @@
+"""
+PGD: distil where the teacher predicts well.
+
+Paper: Yang, Ochal, Storkey, Crowley, "Prediction-Guided Distillation for Dense Object Detection",
+ECCV 2022 (arXiv 2203.05469).
+
+    importance  I: of each box, a Gaussian fitted to the K positions at which the teacher's class
+                score and IoU are best (`functional.gaussian_importance`), once with xi = 0.8 for
+                classification and once with 0.6 for regression
+    L = sum over levels  w_l (alpha L_fg + beta L_bg) + delta L_att      first block of the cls
+    tower
+                       + gamma L_fea + delta L_att                       first block of the reg
+                       tower
+
+(`functional.prediction_guided` has the terms.) Beyond the paper: adapters where widths differ, and
+FEATURES "neck", which applies the classification part to the pyramid itself, so that a dense
+teacher guides a student whose head has no towers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kd_det.distillers.base import (
+    DISTILLER_REGISTRY,
+    AdapterMode,
+    CaptureSpec,
+    Distiller,
+    Pair,
+    Step,
+    Targets,
+)
+from kd_det.functional.gaussian_importance import Gate, importance_maps
+from kd_det.functional.level_grid import (
+    Level,
+    positions_in_boxes,
+    positions_in_images,
+    split_levels,
+    to_device,
+)
+from kd_det.functional.pgd import (
+    MaskScope,
+    classification_terms,
+    regression_terms,
+)
+
+# Strides within this relative distance are the same grid.
+_SAME_GRID = 0.02
+
+
+@dataclass(frozen=True)
+class Masks:
+    """
+    What one step's boxes and teacher say about each position, per teacher level, (N, H, W).
+
+    Attributes:
+        cls, reg: importance in [0, 1] for the classification and the regression tower.
+        background: inside no box.
+        valid: on the image, not on padding.
+    """
+
+    cls: list[Tensor]
+    reg: list[Tensor]
+    background: list[Tensor]
+    valid: list[Tensor]
+
+
+@DISTILLER_REGISTRY.register()
+class PGD(Distiller):
+    """Prediction-guided classification and regression distillation with attention."""
+
+    config_key = "PGD"
+    uses_class_scores = True
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        features: str = "towers",
+        cls_tower: str = "head.cls_subnet",
+        reg_tower: str = "head.bbox_subnet",
+        tower_block: int = 0,
+        adapter: AdapterMode = "auto",
+        alpha: float = 0.04,
+        beta: float = 0.02,
+        gamma: float = 0.064,
+        delta: float = 0.0008,
+        level_weights: Sequence[float] = (1.0, 1.25, 1.5, 1.75, 2.0),
+        tau: float = 0.8,
+        top_k: int = 30,
+        xi_cls: float = 0.8,
+        xi_reg: float = 0.6,
+        gate: Gate = "before",
+        mask_padding: bool = True,
+        mask_ignored: bool = False,
+        mask_scope: MaskScope = "image",
+    ) -> None:
+        """
+        Args: as the keys of KD.PGD, which say what each is and where its value is from.
+
+        Raises:
+            ValueError: a value out of its range; the message names the key.
+        """
+        super().__init__()
+        _expect_choice("FEATURES", features, ("towers", "neck"))
+        _expect_choice("GATE", gate, get_args(Gate))
+        _expect_choice("MASK_SCOPE", mask_scope, get_args(MaskScope))
+        for key, weight in (("ALPHA", alpha), ("BETA", beta), ("GAMMA", gamma), ("DELTA", delta)):
+            _expect_number(key, weight, low=0)
+        for i, weight in enumerate(level_weights):
+            _expect_number(f"LEVEL_WEIGHTS[{i}]", weight, low=0)
+        _expect_number("TAU", tau, low=1e-6)
+        _expect_number("TOP_K", top_k, low=1)
+        _expect_number("TOWER_BLOCK", tower_block, low=0)
+        _expect_number("XI_CLS", xi_cls, low=0, high=1)
+        _expect_number("XI_REG", xi_reg, low=0, high=1)
+        neck = features == "neck"
+        self.cls_path = "backbone" if neck else f"{cls_tower}#{tower_block}"
+        self.reg_path = "" if neck or not reg_tower else f"{reg_tower}#{tower_block}"
+        self.adapter = adapter
+        self.alpha = alpha
+        self.beta = beta
+        self.gamma = gamma
+        self.delta = delta
+        self.level_weights = tuple(level_weights)
+        self.tau = tau
+        self.top_k = top_k
+        self.exponents = (xi_cls, xi_reg)
+        self.gate = gate
+        self.mask_padding = mask_padding
+        self.mask_ignored = mask_ignored
+        self.mask_scope = mask_scope
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Translate KD.PGD: keyword arguments are its keys in lower case."""
+        skipped = ("WEIGHT", "SCHEDULE")
+        return {key.lower(): value for key, value in cfg.KD.PGD.items() if key not in skipped}
+
+    def captures(self) -> Sequence[CaptureSpec]:
+        """Return the towers of both models and the teacher's predictions."""
+        specs = [CaptureSpec("cls", self.cls_path, self.cls_path)]
+        if self.reg_path:
+            specs.append(CaptureSpec("reg", self.reg_path, self.reg_path))
+        return [*specs, CaptureSpec("predictions", None, "head", "predictions")]
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the losses "cls" and, with a regression tower, "reg", summed over levels."""
+        predictions = step.teacher["predictions"]
+        masks = self.masks(predictions, step.targets)
+        strides = predictions.strides
+        losses = {"cls": self._classification(step.pairs["cls"], masks, strides)}
+        if self.reg_path:
+            losses["reg"] = self._regression(step.pairs["reg"], masks, strides)
+        return losses
+
+    @torch.no_grad()
+    def masks(self, predictions: Any, targets: Targets) -> Masks:
+        """
+        Compute importance and background of every position.
+
+        Args:
+            predictions: the teacher's `DensePredictions`.
+            targets: the ground truth.
+        """
+        device = predictions.logits[0].device
+        levels = [
+            Level(height, width, stride, predictions.offset)
+            for (height, width), stride in zip(predictions.sizes, predictions.strides, strict=True)
+        ]
+        boxes, present = _pad(targets.boxes)
+        classes = pad_sequence(targets.classes, batch_first=True).reshape(present.shape)
+        on_image = positions_in_images(levels, targets.image_sizes, device)
+        valid = on_image if self.mask_padding else torch.ones_like(on_image)
+        cls, reg = importance_maps(
+            torch.cat(predictions.logits, 1),
+            torch.cat(predictions.boxes, 1),
+            boxes,
+            classes,
+            present,
+            levels,
+            exponents=self.exponents,
+            top_k=self.top_k,
+            gate=self.gate,
+            position_valid=valid,
+        )
+        background = ~to_device(positions_in_boxes(levels, boxes, present), device)
+        if self.mask_ignored:
+            ignored, some = _pad(targets.ignored)
+            background &= ~to_device(positions_in_boxes(levels, ignored, some), device)
+        return Masks(*(split_levels(x, levels) for x in (cls, reg, background, valid)))
+
+    def _classification(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:
+        if len(pairs) > len(self.level_weights):
+            raise ValueError(
+                f"KD.PGD.LEVEL_WEIGHTS has {len(self.level_weights)} entries, but {len(pairs)} "
+                "levels are paired; give one per level."
+            )
+        losses = []
+        for pair, level_weight in zip(pairs, self.level_weights, strict=False):
+            terms = classification_terms(
+                pair.student,
+                pair.teacher,
+                _on_grid(masks.cls, pair, strides),
+                _on_grid(masks.background, pair, strides),
+                tau=self.tau,
+                valid=_on_grid(masks.valid, pair, strides),
+                mask_scope=self.mask_scope,
+            )
+            losses.append(terms.weighted(self.alpha, self.beta, self.delta, level_weight))
+        return torch.stack(losses).sum()
+
+    def _regression(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:
+        losses = []
+        for pair in pairs:
+            importance = _on_grid(masks.reg, pair, strides)
+            terms = regression_terms(pair.student, pair.teacher, importance, tau=self.tau)
+            losses.append(terms.weighted(self.gamma, self.delta))
+        return torch.stack(losses).sum()
+
+
+def _expect_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        expected = " or ".join(map(repr, choices))
+        raise ValueError(f"KD.PGD.{key} is {value!r}, expected {expected}.")
+
+
+def _expect_number(key: str, value: float, *, low: float, high: float = math.inf) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        bound = f"a number from {low:g}" + (f" to {high:g}" if high < math.inf else " on")
+        raise ValueError(f"KD.PGD.{key} is {value}, expected {bound}.")
+
+
+def _pad(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return (N, M, 4) and (N, M) bool: boxes padded to the largest number of an image."""
+    padded = pad_sequence(boxes, batch_first=True).reshape(len(boxes), -1, 4)
+    counts = torch.tensor([len(b) for b in boxes])
+    return padded, torch.arange(padded.shape[1]) < counts[:, None]
+
+
+def _on_grid(masks: list[Tensor], pair: Pair, strides: Sequence[float]) -> Tensor:
+    """
+    Read a mask, given per teacher level, at the cells of a pair: (N, H, W) of the pair's maps.
+
+    A resampled pair reads the teacher's cell in which the centre of its own cell lies.
+    """
+    gaps = [abs(math.log2(pair.stride / stride)) for stride in strides]
+    level = min(range(len(gaps)), key=gaps.__getitem__)
+    if gaps[level] > 0.5:
+        raise ValueError(
+            f"KD.PGD: the levels {pair.name} have stride {pair.stride:g}, but the teacher predicts "
+            f"at strides {', '.join(f'{stride:g}' for stride in strides)} only."
+        )
+    mask = masks[level]
+    height, width = pair.student.shape[-2:]
+    ratio = pair.stride / strides[level]
+    if abs(ratio - 1) < _SAME_GRID:
+        return mask[:, :height, :width]  # what is cut off is padding beyond the common grid
+    for dim, count in ((1, height), (2, width)):
+        cells = (torch.arange(count, device=mask.device) + 0.5) * ratio
+        mask = mask.index_select(dim, cells.long().clamp(max=mask.shape[dim] - 1))
+    return mask

@@ -1,0 +1,225 @@
+"""
+From a recipe to the training runs it needs: their folders, their order, their command lines.
+
+A run's folder carries a hash of everything that decides its outcome: the resolved config, the
+identity of the teacher and of the checkpoint it starts from, and kd_det's version. So a finished
+run is recognised, and a changed config gets a new folder instead of an old result.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from detectron2.config import CfgNode
+
+import kd_det
+from kd_det.config import changed_settings, is_distillation, load_config
+from kd_det.experiments.recipe import Arm, Recipe, RecipeError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; without iterations, or of a teacher with given weights, an evaluation."""
+
+    # The arm's name, or the teacher's.
+    name: str
+    seed: int
+    folder: Path
+    config_file: Path
+    # All overrides, KEY VALUE ..., OUTPUT_DIR and SEED included.
+    opts: tuple[str, ...]
+    # 0: an evaluation.
+    iterations: int
+    # Runs whose final checkpoints this one reads.
+    needs: tuple["Run", ...] = ()
+    is_teacher: bool = False
+
+    @property
+    def title(self) -> str:
+        """Name for humans."""
+        if self.is_teacher:
+            return "teacher" if self.name == "teacher" else f"teacher {self.name}"
+        return f"{self.name} seed {self.seed}"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The final checkpoint the run writes."""
+        return self.folder / "model_final.pth"
+
+    def arguments(self) -> list[str]:
+        """Return the command line after the program's name."""
+        flags = [] if self.iterations else ["--eval-only"]
+        if (self.folder / "last_checkpoint").exists():
+            flags.append("--resume")
+        return ["--config-file", str(self.config_file), *flags, *self.opts]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs of a recipe; `runs` is in an order in which every run follows what it needs."""
+
+    runs: tuple[Run, ...]
+    teacher: Run
+    # (arm, seed) -> run.
+    students: dict[tuple[str, int], Run]
+    # The config of the baseline, for what concerns the test set.
+    baseline_cfg: CfgNode
+
+    @property
+    def teachers(self) -> list[Run]:
+        """The runs of teachers, the recipe's own first."""
+        others = [run for run in self.runs if run.is_teacher and run is not self.teacher]
+        return [self.teacher, *others]
+
+
+def make_plan(recipe: Recipe, out: Path) -> Plan:
+    """
+    Load every config of a recipe and lay out its runs.
+
+    Args:
+        recipe: what to train.
+        out: folder of the whole comparison.
+
+    Raises:
+        RecipeError: runs are evaluated on different test sets, or on none or several.
+        FileNotFoundError, KeyError, ValueError: from `load_config`.
+    """
+    return _Planner(recipe, out.absolute()).plan()
+
+
+class _Planner:
+    """Builds runs on demand, each once."""
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        self.recipe = recipe
+        self.out = out
+        self.runs: dict[Path, Run] = {}
+        self.test_sets: dict[str, tuple[str, ...]] = {}
+
+    def plan(self) -> Plan:
+        recipe = self.recipe
+        students = {
+            (arm.name, seed): self._student(arm, seed)
+            for seed in recipe.seeds
+            for arm in recipe.arms
+        }
+        teacher = self._recipe_teacher()
+        self._check_test_sets()
+        # A stable sort: what a run needs was built before it, and no teacher needs a student.
+        ordered = sorted(self.runs.values(), key=lambda run: not run.is_teacher)
+        base = recipe.arm(recipe.baseline)
+        cfg = load_config(str(base.config), [*recipe.overrides, *base.overrides])
+        return Plan(tuple(ordered), teacher, students, cfg)
+
+    def _student(self, arm: Arm, seed: int) -> Run:
+        parent = self._student(self.recipe.arm(arm.init_from), seed) if arm.init_from else None
+        opts = (*self.recipe.overrides, *arm.overrides)
+        return self._add(arm.name, arm.config, opts, seed, parent=parent)
+
+    def _recipe_teacher(self) -> Run:
+        """Return the run of the recipe's teacher: the arms' one, where an arm names that config."""
+        config = self.recipe.teacher
+        for run in list(self.runs.values()):
+            if run.is_teacher and run.config_file == config:
+                return run
+        return self._teacher(config, (), "auto")
+
+    def _teacher(self, config: Path, opts: tuple[str, ...], weights: str) -> Run:
+        opts = (*self.recipe.overrides, *opts)
+        return self._add(config.stem, config, opts, None, weights=weights)
+
+    def _add(
+        self,
+        name: str,
+        config: Path,
+        opts: tuple[str, ...],
+        seed: int | None,
+        parent: Run | None = None,
+        weights: str = "auto",
+    ) -> Run:
+        """Make the run of a student (`seed` given) or of a teacher, and those that it needs."""
+        cfg = load_config(str(config), opts)
+        is_teacher = seed is None
+        # A teacher whose config leaves the seed open gets one, so that its run can be repeated.
+        seed = max(cfg.SEED, 0) if seed is None else seed
+        settings = ["SEED", str(seed)]
+        needs = []
+        identities = {"version": kd_det.__version__}
+        if weights != "auto":
+            settings += ["MODEL.WEIGHTS", weights]
+            identities["weights"] = _file_identity(weights)
+        elif is_distillation(cfg) and (cfg.KD.DISTILLERS or cfg.KD.INHERIT):
+            teacher, path, identities["teacher"] = self._teacher_of(cfg, name)
+            settings += ["KD.TEACHER.WEIGHTS", path]
+            needs.append(teacher)
+        if parent is not None:
+            settings += ["MODEL.WEIGHTS", str(parent.checkpoint)]
+            identities["init"] = parent.folder.name
+            needs.append(parent)
+        digest = _hash(load_config(str(config), (*opts, "SEED", str(seed))), identities)
+        folder = self.out / (
+            f"teachers/{name}-{digest}" if is_teacher else f"runs/{name}-seed{seed}-{digest}"
+        )
+        if folder not in self.runs:
+            self.test_sets[f"{config.name} ({name})"] = tuple(cfg.DATASETS.TEST)
+            self.runs[folder] = Run(
+                name=name,
+                seed=seed,
+                folder=folder,
+                config_file=config,
+                opts=(*opts, *settings, "OUTPUT_DIR", str(folder)),
+                iterations=cfg.SOLVER.MAX_ITER if weights == "auto" else 0,
+                needs=tuple(needs),
+                is_teacher=is_teacher,
+            )
+        return self.runs[folder]
+
+    def _teacher_of(self, cfg: CfgNode, name: str) -> tuple[Run, str, str]:
+        """Return the run of the teacher a config names, its checkpoint, and its identity."""
+        node = cfg.KD.TEACHER
+        if not node.CONFIG_FILE:
+            raise RecipeError(
+                f"{name}: distills or inherits, but its config names no teacher; set "
+                "KD.TEACHER.CONFIG_FILE."
+            )
+        opts = tuple(str(word) for word in node.OPTS)
+        run = self._teacher(Path(node.CONFIG_FILE).resolve(), opts, node.WEIGHTS)
+        if node.WEIGHTS == "auto":
+            return run, str(run.checkpoint), run.folder.name
+        return run, node.WEIGHTS, _file_identity(node.WEIGHTS)
+
+    def _check_test_sets(self) -> None:
+        first = next(iter(self.test_sets.values()))
+        if len(first) != 1 or len(set(self.test_sets.values())) != 1:
+            found = "; ".join(f"{k}: {list(v)}" for k, v in self.test_sets.items())
+            raise RecipeError(
+                "All runs of a recipe must be evaluated on the same one test set, found "
+                f"{found}. Set DATASETS.TEST in the recipe's `overrides`."
+            )
+
+
+def _hash(cfg: CfgNode, identities: dict[str, str]) -> str:
+    """
+    Hash what decides a run's outcome, and nothing about where it lies on this machine.
+
+    Only settings that differ from their defaults count, so that a new key makes no old run strange.
+    """
+    cfg.OUTPUT_DIR = ""
+    cfg.KD.TEACHER.WEIGHTS = ""  # its content is among the identities
+    cfg.KD.TEACHER.CONFIG_FILE = Path(cfg.KD.TEACHER.CONFIG_FILE).name
+    text = json.dumps([changed_settings(cfg), identities], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _file_identity(path: str) -> str:
+    """Return the sha256 of a checkpoint; of a URL, itself."""
+    if "://" in path:
+        return path
+    if not Path(path).is_file():
+        raise RecipeError(f"Teacher weights {path} do not exist (KD.TEACHER.WEIGHTS of an arm).")
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Narrow ResNets, timm models, and the pyramids on top of them."""

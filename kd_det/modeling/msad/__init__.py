@@ -1,0 +1,1 @@
+"""MSAD's resolution-aligned teacher (CVPR 2021)."""

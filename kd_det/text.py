@@ -1,0 +1,14 @@
+"""Phrases for messages."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
+    """Return a phrase naming the valid names closest to `name`, for error messages."""
+    valid = sorted(set(valid))
+    close = difflib.get_close_matches(name, valid, n=count, cutoff=0.5)
+    if not close:
+        tail = name.rsplit(".", 1)[-1]
+        close = [v for v in valid if v.rsplit(".", 1)[-1] == tail][:count]
+    return f"the nearest valid names are {', '.join(close or valid[:count])}"

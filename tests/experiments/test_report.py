@@ -1,0 +1,144 @@
+"""The whole of `kd-det compare` on stand-in runs: numbers, pages and figure."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from kd_det.cli import compare
+from kd_det.experiments.environment import shown_command
+from kd_det.experiments.figure import pick_images
+from kd_det.experiments.ground_truth import GroundTruth
+from kd_det.files import read_json, write_json
+
+# Boxes 40, 38 (class disc) and 36 (class ring) pixels wide, moved by 8: IoU 32/48, 30/46 and 28/44
+# reach 4, 4 and 3 of the 10 thresholds, so AP is (40 + 30) / 2.
+SHIFTED = {"shift": 8, "ap": 35.0}
+
+
+def compare_lab(lab, *extra, recipe=None):
+    argv = ["--recipe", recipe or lab.recipe, "--out", str(lab.out), "--jobs", "4", *extra]
+    return compare.main(argv, lab.runner)
+
+
+def test_report_holds_what_can_be_worked_out_by_hand(lab, capsys):
+    lab.behave(
+        {
+            "none-seed0": {**SHIFTED, "ap": 34.0, "sec_per_step": 0.2},
+            "none-seed1": {**SHIFTED, "ap": 36.0, "sec_per_step": 0.2},
+            "again": SHIFTED,
+            "l2": {"ap": 100.0, "sec_per_step": 0.3},
+            "teacher": {"ap": 165.0},
+        }
+    )
+    text = (lab.root / "recipe.yaml").read_text() + "comparisons: [[again, l2]]\n"
+    assert compare_lab(lab, recipe=lab.write("pairs.yaml", text)) == 0
+
+    report = json.loads((lab.out / "report.json").read_text())
+    none, l2, again = report["arms"]
+    assert (none["name"], l2["name"], again["name"]) == ("none", "l2", "again")
+    assert none["seeds"] == [0, 1] and none["AP"] == [34.0, 36.0]
+    assert none["mean"]["AP"] == 35.0 and none["std"]["AP"] == pytest.approx(2**0.5)
+    assert none["APs"] == [None, None] and none["mean"]["APs"] is None
+    assert none["delta"] is None and none["gap_closed"] is None
+    # All images are alike, so no resample differs from another.
+    assert l2["delta"] == pytest.approx({"mean": 65.0, "low": 65.0, "high": 65.0})
+    assert l2["gap_closed"] == pytest.approx(65.0 / (165.0 - 35.0))
+    assert l2["sec_per_step"] == 0.3 and l2["sec_per_step_ratio"] == pytest.approx(1.5)
+    assert again["delta"]["mean"] == pytest.approx(0.0)
+    (pair,) = report["comparisons"]
+    assert (pair["arm"], pair["against"]) == ("again", "l2")
+    assert pair["delta"]["mean"] == pytest.approx(-65.0)
+    assert report["teacher"]["AP"] == [165.0] and report["other_teachers"] == []
+    assert report["environment"]["kd_det"] and report["environment"]["cores"] >= 1
+
+    shown = capsys.readouterr().out
+    assert "+65.0 [+65.0, +65.0]" in shown and "50 %" in shown and "0.30 (1.50x)" in shown
+    page = (lab.out / "report.md").read_text()
+    assert "35.0 ± 1.4" in page and "L2 on features" in page and "(report.png)" in page
+    assert "again minus L2 on features: -65.0" in page
+    assert str(lab.root) not in page + (lab.out / "report.json").read_text()
+    with Image.open(lab.out / "report.png") as figure:
+        assert figure.width == 1500 and figure.height > 500
+
+
+def test_arms_and_seeds_can_be_chosen(lab):
+    assert compare_lab(lab, "--arms", "l2", "--seeds", "3") == 0
+    report = json.loads((lab.out / "report.json").read_text())
+    assert [arm["name"] for arm in report["arms"]] == ["none", "l2"]
+    assert all(arm["seeds"] == [3] and arm["std"]["AP"] is None for arm in report["arms"])
+    starts = {call["run"].rsplit("-", 1)[0] for call in lab.calls()}
+    assert starts == {"teacher", "none-seed3", "l2-seed3"}
+
+
+def test_a_teacher_worse_than_the_baseline_leaves_no_gap(lab):
+    lab.behave({"teacher": {"ap": 1.0}, "none": {"ap": 35.0, "shift": 8}})
+    assert compare_lab(lab, "--seeds", "0", "--arms", "l2") == 0
+    report = json.loads((lab.out / "report.json").read_text())
+    assert report["arms"][1]["delta"]["mean"] == pytest.approx(65.0)
+    assert report["arms"][1]["gap_closed"] is None
+
+
+def test_exit_codes_and_messages(lab, capsys, tmp_path):
+    lab.behave({"none": {"fail": True}})
+    assert compare_lab(lab) == 1
+    assert "the learning rate exploded" in capsys.readouterr().err
+    assert compare_lab(lab, "--arms", "l3") == 2
+    assert "no arm is called l3" in capsys.readouterr().err
+    assert compare_lab(lab, "--seeds", "-1") == 2
+    lab.write("student.yaml", "SOLVER: {MAXITER: 3}\n")
+    assert compare_lab(lab) == 2
+    assert "SOLVER.MAX_ITER" in capsys.readouterr().err
+    text = (lab.root / "recipe.yaml").read_text()
+    for name, message in (
+        ("shapes_vall", "no registered data set; the nearest valid names are shapes_val"),
+        ("crowdhuman_val", "evaluated as crowdhuman"),
+    ):
+        lab.write("student.yaml", "_BASE_: base.yaml\n")
+        path = lab.write("data.yaml", f"overrides: [DATASETS.TEST, [{name}]]\n{text}")
+        assert compare_lab(lab, recipe=path) == 2
+        assert message in capsys.readouterr().err
+    assert not (lab.out / "report.json").exists()
+
+
+def test_an_output_folder_that_is_taken_or_not_writable(lab, capsys):
+    lab.out.mkdir()
+    with compare._claimed(lab.out):
+        assert compare_lab(lab) == 1
+    assert "Another `kd-det compare` is at work" in capsys.readouterr().err
+    (lab.root / "file").write_text("")
+    argv = ["--recipe", lab.recipe, "--out", str(lab.root / "file" / "out")]
+    assert compare.main(argv, lab.runner) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    assert lab.calls() == []
+
+
+def test_images_are_chosen_by_their_annotations_alone():
+    images = [{"id": i} for i in range(10)]
+    few = [{"image_id": i} for i in range(10)]
+    many = [{"image_id": i} for i in (2, 4, 6, 8) for _ in range(2)]
+
+    def picked(annotations, count=2):
+        coco = {"images": images, "annotations": annotations}
+        truth = GroundTruth("t", json_file=None, coco=coco, image_root=None)
+        return [image["id"] for image in pick_images(truth, count)]
+
+    assert picked(few + many) == [4, 8]  # a quarter and three quarters into [2, 4, 6, 8]
+    assert picked(few) == [2, 7]  # no image has three objects: all count
+    assert picked(few + many, count=9) == [2, 4, 6, 8]
+
+
+def test_json_files_hold_null_for_nan_and_half_files_are_none(tmp_path):
+    write_json(tmp_path / "deep" / "a.json", {"a": [float("nan"), 1.5], "b": {"c": float("inf")}})
+    assert read_json(tmp_path / "deep" / "a.json") == {"a": [None, 1.5], "b": {"c": None}}
+    (tmp_path / "half.json").write_text('{"a": ')
+    assert read_json(tmp_path / "half.json") is None
+    assert read_json(tmp_path / "absent.json") is None
+
+
+def test_reported_commands_name_no_folders_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--recipe", "configs/a.yaml", "--out", str(tmp_path / "out"), "/home/somebody/x.yaml"]
+    assert shown_command("kd-det compare", argv) == (
+        "kd-det compare --recipe configs/a.yaml --out out x.yaml"
+    )

@@ -1,0 +1,197 @@
+"""Plans and their execution: what runs, in which order, what is kept, what a failure says."""
+
+import io
+import json
+
+import pytest
+
+from kd_det.experiments.plan import make_plan
+from kd_det.experiments.progress import Display, Estimator
+from kd_det.experiments.recipe import RecipeError, read_recipe
+from kd_det.experiments.runs import RunFailed, cores, execute
+
+
+def plan_of(lab, recipe=None):
+    return make_plan(read_recipe(recipe or lab.recipe), lab.out)
+
+
+def run(lab, plan, jobs=2):
+    stream = io.StringIO()
+    execute(plan.runs, jobs, Display(stream), lab.runner, poll_seconds=0.01)
+    return stream.getvalue()
+
+
+def test_the_teacher_comes_first_and_alone_and_ancestors_before_descendants(lab):
+    lab.behave({"none": {"sleep": 0.1}, "l2": {"sleep": 0.1}, "teacher": {"sleep": 0.1}})
+    run(lab, plan_of(lab))
+    calls = [(c["event"], c["run"].rsplit("-", 1)[0]) for c in lab.calls("all")]
+    assert calls[:2] == [("start", "teacher"), ("end", "teacher")]
+    for seed in (0, 1):
+        none, again = (f"{name}-seed{seed}" for name in ("none", "again"))
+        assert calls.index(("end", none)) < calls.index(("start", again))
+    # Two at a time: the second student starts before the first one ends.
+    assert [event for event, _ in calls[2:4]] == ["start", "start"]
+    assert len(calls) == 2 * 7
+
+
+def test_runs_get_seed_weights_and_threads(lab):
+    plan = plan_of(lab)
+    run(lab, plan)
+    calls = {c["run"].rsplit("-", 1)[0]: c for c in lab.calls()}
+    assert calls["teacher"]["threads"] == str(cores())
+    assert calls["none-seed1"]["threads"] == str(max(1, cores() // 2))
+    assert calls["none-seed1"]["opts"]["SEED"] == "1"
+    assert "KD.TEACHER.WEIGHTS" not in calls["none-seed1"]["opts"]
+    assert calls["l2-seed1"]["opts"]["KD.TEACHER.WEIGHTS"] == str(plan.teacher.checkpoint)
+    first = plan.students["none", 1].checkpoint
+    assert calls["again-seed1"]["opts"]["MODEL.WEIGHTS"] == str(first)
+
+
+def test_finished_runs_are_kept_and_only_changed_ones_are_repeated(lab):
+    run(lab, plan_of(lab))
+    lab.calls()
+    assert "l2 seed 0: AP 100.0 (kept)" in run(lab, plan_of(lab))
+    assert lab.calls() == []
+
+    lab.write(
+        "distilled.yaml", (lab.root / "distilled.yaml").read_text() + "SOLVER: {BASE_LR: 0.7}\n"
+    )
+    run(lab, plan_of(lab))
+    assert sorted(c["run"].rsplit("-", 1)[0] for c in lab.calls()) == ["l2-seed0", "l2-seed1"]
+
+
+def test_hashes_follow_the_teacher_and_the_ancestor_but_not_the_place(lab):
+    def names(plan):
+        return {r.folder.name.rsplit("-", 1)[0]: r.folder.name for r in plan.runs}
+
+    before = names(plan_of(lab))
+    assert names(make_plan(read_recipe(lab.recipe), lab.root / "elsewhere")) == before
+    lab.write("teacher.yaml", "_BASE_: base.yaml\nSOLVER: {MAX_ITER: 9}\n")
+    after = names(plan_of(lab))
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"teacher", "l2-seed0", "l2-seed1"}
+    lab.write("student.yaml", "_BASE_: base.yaml\nSOLVER: {BASE_LR: 0.7}\n")
+    assert {k for k, v in names(plan_of(lab)).items() if after[k] != v} == {
+        f"{name}-seed{seed}" for name in ("none", "again") for seed in (0, 1)
+    }
+
+
+def test_a_failure_stops_with_the_log_and_the_next_call_resumes(lab):
+    lab.behave({"l2-seed0": {"fail": True, "sleep": 0.5}, "none-seed1": {"sleep": 60}})
+    plan = plan_of(lab)
+    with pytest.raises(RunFailed) as error:
+        run(lab, plan, jobs=3)  # and does not wait for the sleeping run
+    text = str(error.value)
+    assert "The run l2 seed 0 ended with exit code 3" in text
+    assert "the learning rate exploded" in text and "run.log" in text
+    assert "Repeat the same command" in text
+
+    lab.calls()
+    lab.behave({})
+    run(lab, plan_of(lab))
+    calls = {c["run"].rsplit("-", 1)[0]: c["flags"] for c in lab.calls()}
+    assert "teacher" not in calls and "none-seed0" not in calls
+    assert calls["l2-seed0"] == ["--resume"]
+    assert calls["none-seed1"] == []  # it had written no checkpoint
+
+
+def test_a_run_without_a_result_is_a_failure(lab):
+    lab.write("fake_engine.py", "print('nothing to do')")
+    with pytest.raises(RunFailed, match=r"ended without writing its result.json[\s\S]*nothing to"):
+        run(lab, plan_of(lab))
+
+
+def test_an_arm_with_a_teacher_of_its_own_gets_it_trained_too(lab):
+    lab.write("big.yaml", "_BASE_: teacher.yaml\nSOLVER: {BASE_LR: 0.3}\n")
+    text = (lab.root / "recipe.yaml").read_text()
+    text += "  - {name: own, config: distilled.yaml, overrides: [KD.TEACHER.CONFIG_FILE, big.yaml]}"
+    plan = plan_of(lab, lab.write("two.yaml", text))
+    assert [teacher.name for teacher in plan.teachers] == ["teacher", "big"]
+    (own_teacher,) = plan.students["own", 0].needs
+    assert own_teacher.config_file == lab.root / "big.yaml"
+    assert plan.students["l2", 0].needs == (plan.teacher,)
+    run(lab, plan)
+
+
+def test_given_teacher_weights_are_evaluated_and_not_trained(lab):
+    weights = lab.write("given.pth", "one")
+    text = (
+        (lab.root / "recipe.yaml")
+        .read_text()
+        .replace("label: L2 on features", "overrides: [KD.TEACHER.WEIGHTS, given.pth]")
+    )
+    path = lab.write("given.yaml", text)
+    before = plan_of(lab, path)
+    run(lab, before)
+    calls = {c["run"].rsplit("-", 1)[0]: c for c in lab.calls()}
+    assert calls["teacher"]["flags"] == ["--eval-only"]
+    assert calls["teacher"]["opts"]["MODEL.WEIGHTS"] == weights
+    assert calls["l2-seed0"]["opts"]["KD.TEACHER.WEIGHTS"] == weights
+    lab.write("given.pth", "two")
+    after = plan_of(lab, path)
+    assert before.students["l2", 0].folder != after.students["l2", 0].folder
+    (lab.root / "given.pth").unlink()
+    with pytest.raises(RecipeError, match=r"given.pth do not exist"):
+        plan_of(lab, path)
+
+
+def test_configs_that_cannot_be_compared_are_refused_before_anything_runs(lab):
+    lab.write("student.yaml", "_BASE_: base.yaml\nDATASETS: {TEST: [other]}\n")
+    with pytest.raises(RecipeError, match=r"same one test set.*student.yaml \(none\): \['other'\]"):
+        plan_of(lab)
+    lab.write("student.yaml", "_BASE_: base.yaml\nSOLVER: {MAXITER: 3}\n")
+    with pytest.raises(KeyError, match=r"SOLVER.MAXITER.*SOLVER.MAX_ITER"):
+        plan_of(lab)
+
+
+def test_a_distilling_arm_without_teacher_is_refused(lab):
+    text = (lab.root / "distilled.yaml").read_text()
+    lab.write("distilled.yaml", text.replace(", TEACHER: {CONFIG_FILE: teacher.yaml}", ""))
+    with pytest.raises(RecipeError, match=r"l2.*KD\.TEACHER\.CONFIG_FILE"):
+        plan_of(lab)
+
+
+def test_estimates_use_measured_speeds_and_spread_students_over_jobs(lab):
+    plan = plan_of(lab)
+    teacher, none, l2 = plan.teacher, plan.students["none", 0], plan.students["l2", 0]
+    estimator = Estimator(plan.runs, jobs=2)
+    assert estimator.eta() is None and estimator.fraction() == 0.0
+
+    estimator.start(teacher)
+    progress = {"iteration": 4, "max_iter": 8, "phase": "train", "eta_seconds": 40.0}
+    estimator.observe(teacher, progress)
+    # Students are guessed from the teacher's 10 s per iteration.
+    assert estimator.eta() > 40 and 0 < estimator.fraction() < 0.5
+    result = {"sec_per_step": 10.0}
+    estimator.finish(teacher, result, seconds=100.0)  # 80 s of steps and 20 s around them
+    for student, seconds in ((none, 1.0), (l2, 3.0)):
+        estimator.start(student)
+        estimator.finish(student, {"sec_per_step": seconds}, seconds=4 * seconds + 20.0)
+    # Left: none 1, l2 1 (4 and 12 s) and again 0, 1 (4 steps of 2 s on average), each with 20 s.
+    total = (4 + 20) + (12 + 20) + 2 * (8 + 20)
+    chain = (4 + 20) + (8 + 20)  # again 1 waits for none 1
+    assert estimator.eta() == pytest.approx(max(total / 2, chain))
+    for student in plan.students.values():
+        estimator.start(student)
+        estimator.finish(student, {"sec_per_step": 1.0}, seconds=None)
+    assert estimator.eta() == 0 and estimator.fraction() == 1.0
+
+
+def test_half_written_results_do_not_count(lab):
+    plan = plan_of(lab)
+    plan.teacher.folder.mkdir(parents=True)
+    (plan.teacher.folder / "result.json").write_text('{"metrics": {"bb')
+    run(lab, plan)
+    assert "teacher" in {c["run"].rsplit("-", 1)[0] for c in lab.calls()}
+    assert json.loads((plan.teacher.folder / "result.json").read_text())["iterations"] == 4
+
+
+def test_an_arm_without_iterations_is_evaluated(lab):
+    text = (lab.root / "recipe.yaml").read_text()
+    arm = "{name: look, config: student.yaml, init_from: l2, overrides: [SOLVER.MAX_ITER, 0]}"
+    plan = plan_of(lab, lab.write("look.yaml", f"{text}  - {arm}\n"))
+    run(lab, plan)
+    looked = [c for c in lab.calls() if c["run"].startswith("look")]
+    assert [c["flags"] for c in looked] == [["--eval-only"]] * 2
+    assert looked[0]["opts"]["MODEL.WEIGHTS"] == str(plan.students["l2", 0].checkpoint)
+    assert plan.students["look", 0].iterations == 0
