@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_det.distillation.capture import CapturePath
-from kd_det.functional.distance import at_least_float32
+from kd_det.functional.precision import at_least_float32
 
 # Strides within this relative distance are the same grid: sizes are rounded up to whole cells.
 _SAME_GRID = 0.02

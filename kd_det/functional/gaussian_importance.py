@@ -26,9 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kd_det.functional.box_overlap import aligned_iou
+from kd_det.functional.boxes import aligned_iou, strictly_inside
 from kd_det.functional.level_grid import (
-    INSIDE_MARGIN,
     Level,
     Runs,
     count_positions,
@@ -37,6 +36,7 @@ from kd_det.functional.level_grid import (
     runs_of_everything,
     to_device,
 )
+from kd_det.functional.precision import working_dtype
 
 Gate = Literal["before", "after"]
 
@@ -150,7 +150,7 @@ def importance_maps(
     held, owner = torch.unique_consecutive(runs.owner, return_inverse=True)
     runs = Runs(owner, runs.first + image[runs.owner] * num_positions, runs.length)
 
-    device, dtype = logits.device, torch.promote_types(logits.dtype, torch.float32)
+    device, dtype = logits.device, working_dtype(logits)
     objects, classes = to_device(objects[held], device).to(dtype), to_device(classes[held], device)
     points = grid_positions(levels, device)
     num_anchors, num_classes = logits.shape[1] // num_positions, logits.shape[2]
@@ -174,7 +174,8 @@ def importance_maps(
             place = position[pair]  # (B, K)
             weight = gaussian_weights(points[place % num_positions], selected, ridge)
             if gate == "after":
-                weight = weight * _inside(points[place % num_positions], objects[owner[pair]])
+                inside = strictly_inside(points[place % num_positions], objects[owner[pair]])
+                weight = weight * inside
             importance.scatter_reduce_(0, place.flatten(), weight.to(dtype).flatten(), "amax")
     return list(maps.unflatten(1, (num_images, num_positions)))
 
@@ -225,9 +226,3 @@ def _best_of_each(
     slot = torch.arange(top_k, device=quality.device)
     pair = order[((counts.cumsum(0) - counts)[:, None] + slot).clamp(max=len(order) - 1)]
     return pair, (slot < counts[:, None]) & (quality[pair] > 0)
-
-
-def _inside(points: Tensor, boxes: Tensor) -> Tensor:
-    """Tell which points, (..., 2), lie strictly inside boxes, (..., 4)."""
-    distances = torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
-    return (distances > INSIDE_MARGIN).all(-1)

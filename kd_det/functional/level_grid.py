@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A position is inside a box when its distance to each side is larger than this many pixels.
-INSIDE_MARGIN = 1e-10
+from kd_det.functional.boxes import strictly_between
 
 
 class Level(NamedTuple):
@@ -101,8 +100,8 @@ def positions_in_boxes(levels: Sequence[Level], boxes: Tensor, valid: Tensor) ->
     covered = []
     for level in levels:
         x, y = level.columns(boxes.device), level.rows(boxes.device)
-        in_x = (x - left > INSIDE_MARGIN) & (right - x > INSIDE_MARGIN)  # (N, M, W)
-        in_y = (y - top > INSIDE_MARGIN) & (bottom - y > INSIDE_MARGIN) & valid[..., None]
+        in_x = strictly_between(x, left, right)  # (N, M, W)
+        in_y = strictly_between(y, top, bottom) & valid[..., None]
         # The number of boxes over each cell; autocast may round it, but never to zero.
         boxes_over_cell = in_y.float().transpose(1, 2) @ in_x.float()  # (N, H, W)
         covered.append((boxes_over_cell > 0).flatten(1))
@@ -185,11 +184,9 @@ def runs_of_everything(levels: Sequence[Level], num_boxes: int) -> Runs:
 
 
 def _range_between(coordinates: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first coordinate between low and high and how many there are, (B,) each."""
-    above = coordinates - low[:, None] > INSIDE_MARGIN
-    below = high[:, None] - coordinates > INSIDE_MARGIN
-    count = (above & below).sum(1)
-    return (~above).sum(1), count
+    """Return the index of the first coordinate between low and high and their number, (B,) each."""
+    between = strictly_between(coordinates, low[:, None], high[:, None])
+    return between.int().argmax(1), between.sum(1)
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kd_det.functional.precision import working_dtype
+
 GROUPS = ("channel", "image", "level")
 
 
@@ -61,7 +63,7 @@ def min_max(x: Tensor, per: str, eps: float, dead_range: float, valid: Tensor | 
         valid = valid.flatten(2)
         low, at_low = planes.masked_fill(~valid, torch.inf).min(2)
         high, at_high = planes.masked_fill(~valid, -torch.inf).max(2)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(x)
     low, sets_low = _group_extreme(-low.to(dtype), per)
     high, sets_high = _group_extreme(high.to(dtype), per)
     width = high + low

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kd_det.functional.min_max import GROUPS, min_max_normalize
-from kd_det.functional.ssim_fused import FusedSsimLoss, SsimOptions, compute_dtype, evaluate
+from kd_det.functional.precision import working_dtype
+from kd_det.functional.ssim_fused import FusedSsimLoss, SsimOptions, evaluate
 from kd_det.functional.window import BORDERS, WINDOWS, WindowSpec
 
 __all__ = ["min_max_normalize", "ssim_loss", "ssim_map"]
@@ -130,7 +131,7 @@ def ssim_map(
     _check(student, teacher, None, options)
     n, c, h, w = student.shape
     crop = window_size - 1 if border == "valid" else 0
-    ssim = student.new_empty((n, c, h - crop, w - crop), dtype=compute_dtype(student, teacher))
+    ssim = student.new_empty((n, c, h - crop, w - crop), dtype=working_dtype(student, teacher))
     with torch.no_grad():
         evaluate(student, teacher, None, options, ssim=ssim)
     return ssim

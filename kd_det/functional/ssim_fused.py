@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kd_det.functional.min_max import MinMax, min_max, min_max_backward
+from kd_det.functional.precision import full_float32_matmul, working_dtype
 from kd_det.functional.ssim_terms import similarity
 from kd_det.functional.window import (
     SeparableWindow,
     WindowSpec,
-    full_float32_matmul,
     separable_window,
 )
 
@@ -62,7 +62,7 @@ class FusedSsimLoss(torch.autograd.Function):
         ctx.student_dtype = student.dtype
         grad = None
         if want_grad:
-            dtype = compute_dtype(student, teacher)
+            dtype = working_dtype(student, teacher)
             grad = torch.empty(student.shape, dtype=dtype, device=student.device)
             ctx.save_for_backward(grad)
         return evaluate(student, teacher, mask, options, grad=grad)
@@ -74,11 +74,6 @@ class FusedSsimLoss(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         # float32 until the loss scale is on it: unscaled entries are below what float16 holds.
         return (grad * upstream).to(ctx.student_dtype), None, None, None, None
-
-
-def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """Return float64 if either map is, else float32."""
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
 def evaluate(
@@ -104,7 +99,7 @@ def evaluate(
     Returns:
         Scalar mean of (1 - SSIM) / 2.
     """
-    dtype = compute_dtype(student, teacher)
+    dtype = working_dtype(student, teacher)
     n, c, h, w = student.shape
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     if student.numel() == 0:

@@ -10,8 +10,6 @@ transpose.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -140,29 +138,6 @@ def window_matrix(spec: WindowSpec, length: int, extent: Tensor) -> Tensor:
         position = position.clamp(0, length - 1)
     matrix = torch.zeros(outputs, length, dtype=torch.float64, device=extent.device)
     return matrix.scatter_add_(1, position, weight * (centre < extent))
-
-
-@contextmanager
-def full_float32_matmul() -> Iterator[None]:
-    """Keep TF32 and bfloat16 out of float32 matrix products, whatever the process allows."""
-    # Since torch 2.9; the older functions below raise once a program has used these.
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        saved = [matmul.fp32_precision for matmul in matmuls]
-        try:
-            for matmul in matmuls:
-                matmul.fp32_precision = "ieee"
-            yield
-        finally:
-            for matmul, precision in zip(matmuls, saved, strict=True):
-                matmul.fp32_precision = precision
-    else:
-        precision = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
 
 
 # Sizes of a data set repeat from step to step, and building a matrix costs a dozen small kernels.

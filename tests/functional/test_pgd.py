@@ -6,13 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kd_det.functional.attended_error import channel_attention, compare_features
+from kd_det.functional.attention import (
+    channel_attention,
+    compare_features,
+    spatial_attention,
+)
 from kd_det.functional.pgd import (
     ClassificationTerms,
     classification_terms,
     mean_mask,
     regression_terms,
-    spatial_attention,
 )
 
 LN3 = math.log(3)
@@ -179,9 +182,7 @@ def total(student: Tensor, scene: Scene, valid: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize("block_rows", [3, 1])
 def test_gradients(monkeypatch, block_rows):
-    monkeypatch.setattr(
-        "kd_det.functional.attended_error._rows_per_block", lambda features: block_rows
-    )
+    monkeypatch.setattr("kd_det.functional.attention._rows_per_block", lambda features: block_rows)
     scene = Scene(images=2)
     scene.teacher.requires_grad_()
     student = scene.student.clone().requires_grad_()

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kd_det.functional.precision import at_least_float32
+
 FUSIONS = ("cff", "mean")
 
 
@@ -145,7 +147,7 @@ def _check_pyramids(pyramids: Sequence[Sequence[Tensor]], num_inputs: int) -> No
 
 def _pool(x: Tensor, stride: int, image_sizes: Sequence[tuple[int, int]] | None) -> Tensor:
     """Average (N, C, H, W) over the positions whose cell touches the image, to (N, C)."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = at_least_float32(x)
     if image_sizes is None:
         return x.mean(dim=(2, 3))
     cells = (torch.tensor(image_sizes, device=x.device) + stride - 1) // stride
