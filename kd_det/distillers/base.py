@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
+from kd_det.functional.level_grid import Grid, cells_on_images
 from kd_det.text import nearest
 
 DISTILLER_REGISTRY = Registry("DISTILLER")
@@ -70,12 +70,8 @@ class Pair:
     def valid(self) -> Tensor:
         """Return (N, 1, H, W) float32 in {0, 1}: 1 where a cell's centre lies on the image."""
         height, width = self.student.shape[-2:]
-        device = self.student.device
-        y = (torch.arange(height, device=device) + 0.5) * self.stride
-        x = (torch.arange(width, device=device) + 0.5) * self.stride
-        rows = y[None, :] < self.image_sizes[:, :1]
-        columns = x[None, :] < self.image_sizes[:, 1:]
-        return (rows[:, None, :, None] & columns[:, None, None, :]).float()
+        grid = Grid(height, width, self.stride)
+        return cells_on_images(grid, self.image_sizes)[:, None].float()
 
 
 @dataclass
