@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
 from kd_det.distillers.pyramid import PyramidDistiller
-from kd_det.functional.ssim import ssim_loss, ssim_map
+from kd_det.functional.ssim import SSIMOptions, ssim_loss, ssim_map
 
 
 @DISTILLER_REGISTRY.register()
@@ -45,8 +45,11 @@ class SSIM(PyramidDistiller):
         """
         Args:
             window_size, sigma, window, border, normalize, exponents: see
-                `functional.ssim.ssim_loss`.
+                `functional.ssim.SSIMOptions`.
             mask_padding, student_capture, teacher_capture, adapter: see `PyramidDistiller`.
+
+        Raises:
+            ValueError: an option is out of its range.
         """
         super().__init__(
             mask_padding=mask_padding,
@@ -54,12 +57,14 @@ class SSIM(PyramidDistiller):
             teacher_capture=teacher_capture,
             adapter=adapter,
         )
-        self.window_size = window_size
-        self.sigma = sigma
-        self.window = window
-        self.border = border
-        self.normalize = normalize
-        self.exponents = exponents
+        self.options = SSIMOptions(
+            window_size=window_size,
+            sigma=sigma,
+            window=window,
+            border=border,
+            normalize=normalize,
+            exponents=exponents,
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -78,18 +83,8 @@ class SSIM(PyramidDistiller):
 
     def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
         """Return the mean structural dissimilarity of a pair."""
-        return ssim_loss(pair.student, pair.teacher, mask=mask, **self._options())
+        return ssim_loss(pair.student, pair.teacher, self.options, mask)
 
     def similarity(self, pair: Pair) -> Tensor:
         """Return the SSIM of a pair at every position, (N, C, H, W) in [-1, 1], for pictures."""
-        return ssim_map(pair.student, pair.teacher, **self._options())
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "window_size": self.window_size,
-            "sigma": self.sigma,
-            "window": self.window,
-            "border": self.border,
-            "normalize": self.normalize,
-            "exponents": self.exponents,
-        }
+        return ssim_map(pair.student, pair.teacher, self.options)

@@ -67,9 +67,25 @@ class Comparison(NamedTuple):
     teacher_magnitude: Tensor
 
 
+def plain_comparison(student: Tensor, teacher: Tensor, tau: float) -> Comparison:
+    """Do as `compare_features` does, with all that autograd keeps of it."""
+    teacher = teacher.detach()
+    attention, teacher_attention = (
+        x.shape[1] * (x.abs() / tau).softmax(1) for x in (student, teacher)
+    )
+    return Comparison(
+        error=(teacher_attention * (student - teacher) ** 2).sum(1),
+        attention_distance=(attention - teacher_attention).abs().sum(1),
+        student_magnitude=student.abs().mean(1),
+        teacher_magnitude=teacher.abs().mean(1),
+    )
+
+
 def compare_features(student: Tensor, teacher: Tensor, tau: float) -> Comparison:
     """
     Reduce the difference of two feature maps to what PGD's losses need at each position.
+
+    `plain_comparison` says how; this gives the same and keeps only references to the features.
 
     Args:
         student, teacher: (N, C, H, W), any floating dtype; computed in float32 or wider.

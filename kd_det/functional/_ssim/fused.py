@@ -3,7 +3,7 @@ SSIM of feature maps and its gradient in one pass over chunks of channels.
 
 The loss is a mean, so its gradient is known up to one factor as soon as the forward pass is done:
 it is formed right there, and is the only map kept for the backward pass. With G the window, G' its
-transpose and P, Q, R the slopes of SSIM for G s, G s^2 and G s t (see ssim_terms.py):
+transpose and P, Q, R the slopes of SSIM for G s, G s^2 and G s t (see terms.py):
 
     dSSIM/ds = G'P + 2 s G'Q + t G'R
 
@@ -21,32 +21,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_det.functional.min_max import MinMax, min_max, min_max_backward
+from kd_det.functional._ssim.min_max import MinMax, min_max, min_max_backward
+from kd_det.functional._ssim.options import SSIMOptions
+from kd_det.functional._ssim.terms import similarity
+from kd_det.functional._ssim.window import SeparableWindow, separable_window
 from kd_det.functional.precision import full_float32_matmul, working_dtype
-from kd_det.functional.ssim_terms import similarity
-from kd_det.functional.window import (
-    SeparableWindow,
-    WindowSpec,
-    separable_window,
-)
 
 _Part = tuple[slice, slice]  # images and channels
 
 
-class SsimOptions(NamedTuple):
-    """The options of `kd_det.functional.ssim.ssim_loss`."""
-
-    window: WindowSpec
-    normalize: str
-    normalize_eps: float
-    dead_range: float
-    exponents: tuple[int, int, int]
-    c1: float
-    c2: float
-    chunk_elements: int | None
-
-
-class FusedSsimLoss(torch.autograd.Function):
+class FusedSSIMLoss(torch.autograd.Function):
     """Mean of (1 - SSIM) / 2; the teacher is a constant."""
 
     @staticmethod
@@ -55,7 +39,7 @@ class FusedSsimLoss(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         mask: Tensor | None,
-        options: SsimOptions,
+        options: SSIMOptions,
         want_grad: bool,
     ) -> Tensor:
         """Compute the loss, and its gradient if `want_grad`."""
@@ -80,7 +64,7 @@ def evaluate(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
-    options: SsimOptions,
+    options: SSIMOptions,
     *,
     grad: Tensor | None = None,
     ssim: Tensor | None = None,
@@ -92,7 +76,7 @@ def evaluate(
         student: (N, C, H, W).
         teacher: (N, C, H, W).
         mask: (N, 1, H, W) or None.
-        options: see `kd_det.functional.ssim.ssim_loss`.
+        options: what SSIM is taken of.
         grad: contiguous (N, C, H, W), to be filled with the gradient of the loss for the student.
         ssim: (N, C, H, W), smaller for border="valid", to be filled with SSIM.
 
@@ -106,7 +90,7 @@ def evaluate(
         return total.to(dtype)
     with torch.autocast(student.device.type, enabled=False), full_float32_matmul():
         valid = None if mask is None else mask.bool()
-        windows = _windows(student, valid, options.window, dtype)
+        windows = _windows(student, valid, options, dtype)
         if valid is None:
             count: Tensor | int = n * c * windows[0].rows.length * windows[0].columns.length
         else:
@@ -134,7 +118,6 @@ def evaluate(
                 smooth.unflatten(1, (maps, -1)),
                 (pair.student_mean, pair.teacher_mean),
                 options.exponents,
-                (options.c1, options.c2),
                 out=scratch[1],
             )
             loss = 1 - value
@@ -208,28 +191,28 @@ def _chain(
     return g, sum_g, moment
 
 
-def _scale(maps: Tensor, valid: Tensor | None, options: SsimOptions, dtype: torch.dtype) -> MinMax:
+def _scale(maps: Tensor, valid: Tensor | None, options: SSIMOptions, dtype: torch.dtype) -> MinMax:
     if options.normalize == "none":
         unused = torch.empty(0, device=maps.device)
         zero = torch.zeros(maps.shape[:2], dtype=dtype, device=maps.device)
         return MinMax(zero, zero + 1, unused, unused, unused, unused)
-    scale = min_max(maps, options.normalize, options.normalize_eps, options.dead_range, valid)
+    scale = min_max(maps, options.normalize, valid)
     return scale._replace(low=scale.low.to(dtype), inverse=scale.inverse.to(dtype))
 
 
 def _windows(
-    maps: Tensor, valid: Tensor | None, spec: WindowSpec, dtype: torch.dtype
+    maps: Tensor, valid: Tensor | None, options: SSIMOptions, dtype: torch.dtype
 ) -> list[SeparableWindow]:
     """Build the window of every image, a single one if no mask sets them apart."""
     h, w = maps.shape[2:]
     if valid is None:
-        return [separable_window(spec, h, w, device=maps.device, dtype=dtype)]
+        return [separable_window(options, h, w, device=maps.device, dtype=dtype)]
     extents = [
         (counted * torch.arange(1, counted.shape[1] + 1, device=maps.device)).amax(1).clamp_min(1)
         for counted in (valid.any(3)[:, 0], valid.any(2)[:, 0])
     ]
     return [
-        separable_window(spec, h, w, device=maps.device, dtype=dtype, extent=extent)
+        separable_window(options, h, w, device=maps.device, dtype=dtype, extent=extent)
         for extent in zip(*extents, strict=True)
     ]
 
