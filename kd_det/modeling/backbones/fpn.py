@@ -15,9 +15,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from kd_det.compat import head_norm
 from kd_det.modeling.backbones.small_resnet import build_resnet_any_width_backbone
 from kd_det.modeling.backbones.timm_backbone import build_timm_backbone
+from kd_det.modeling.norms import head_norm
 
 _BOTTOM_UPS = {"resnet": build_resnet_any_width_backbone, "timm": build_timm_backbone}
 

@@ -15,7 +15,7 @@ from detectron2.modeling.backbone.resnet import (
     build_resnet_backbone,
 )
 
-from kd_det.compat import head_norm
+from kd_det.modeling.norms import head_norm
 
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 

@@ -14,9 +14,9 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos as detectron2_fcos
 from detectron2.structures import Boxes, Instances
 
-from kd_det.compat import head_norm
 from kd_det.functional.distance import at_least_float32
 from kd_det.modeling.backbones.fpn import pick_features
+from kd_det.modeling.norms import head_norm
 
 
 class FCOS(detectron2_fcos.FCOS):
