@@ -29,7 +29,7 @@ from kd_det.distillation.pairing import (
 from kd_det.distillation.teacher import Teacher
 from kd_det.distillation.views import View
 from kd_det.distillers import CaptureSpec, Distiller, Pair
-from kd_det.modeling.dense.predictions import decode_dense
+from kd_det.distillers.predictions import decode_dense
 
 _logger = logging.getLogger(__name__)
 

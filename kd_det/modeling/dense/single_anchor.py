@@ -13,9 +13,11 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from kd_det.distillers.predictions import DensePredictions, HeadOutputs, register_decoder
 from kd_det.functional.distance import at_least_float32
 from kd_det.modeling.backbones.fpn import pick_features
 from kd_det.modeling.dense.atss_assigner import Positives, find_positives
+from kd_det.modeling.dense.decoding import decode_levels
 from kd_det.modeling.dense.head import DenseHead
 from kd_det.modeling.dense.inference import InferenceSettings, suppress
 
@@ -182,6 +184,11 @@ class SingleAnchorDetector(DenseDetector, abc.ABC):
         scores, best = found.topk(min(self.inference_settings.topk_candidates, len(found)))
         position, classes = position[best], classes[best]
         return self.decode_boxes(outputs[1][position], anchors[position]), scores, classes
+
+
+@register_decoder(SingleAnchorDetector)
+def _decode(model: SingleAnchorDetector, head_outputs: HeadOutputs) -> DensePredictions:
+    return decode_levels(model, head_outputs, model.decode_boxes)
 
 
 def shared_arguments(
