@@ -1,5 +1,6 @@
 """The decoder of each detector gives what the detector decodes itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_dense import CLASSES, build_tiny
 from torch import Tensor, nn
 
 from kd_det.distillers.predictions import decoder_of
+from kd_det.modeling.dense.single_anchor import SingleAnchorDetector
 
 SIZES = [(8, 12), (4, 6), (2, 3)]
 ATSS_IOU = ("MODEL.ATSS.QUALITY_BRANCH", "iou")
@@ -37,9 +39,10 @@ def build_lively(name: str, opts: tuple[Any, ...]) -> tuple[nn.Module, list[Tens
 
 
 def keep_everything(model: nn.Module) -> None:
-    if hasattr(model, "inference_settings"):
-        settings = vars(model.inference_settings)
-        settings.update(score_thresh=0.0, topk_candidates=10**6, nms_thresh=1.1, max_detections=50)
+    if isinstance(model, SingleAnchorDetector):
+        everything = {"score_thresh_test": 0.0, "topk_candidates_test": 10**6}
+        model.options = replace(model.options, nms_thresh_test=1.1, **everything)
+        model.max_detections = 50
     else:
         model.test_score_thresh, model.test_topk_candidates = 0.0, 10**6
         model.test_nms_thresh, model.max_detections_per_image = 1.1, 50
