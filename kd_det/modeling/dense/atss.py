@@ -2,8 +2,8 @@
 ATSS (Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection", CVPR 2020).
 
 One square anchor per position, adaptive sample selection (`atss_assigner`), sigmoid focal loss,
-GIoU loss weighted by each positive's quality, and a quality branch on the box tower: centerness, as
-in the paper, or the IoU of the predicted box with its ground truth, as PGD (ECCV 2022) uses it.
+GIoU loss, and a quality branch on the box tower: centerness, which also weighs the GIoU loss, as in
+the paper, or the IoU of the predicted box with its ground truth, as PGD (ECCV 2022) uses it.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from kd_det.modeling.dense.single_anchor import SingleAnchorDetector
 from kd_det.modeling.dense.single_anchor_options import SingleAnchorOptions
 from kd_det.modeling.registering import register_in
 
-QUALITY_BRANCHES = ("centerness", "iou")
+QUALITY_BRANCHES = ("centerness", "iou", "iou_weighted")
 
 
 def centerness(points: Tensor, boxes: Tensor) -> Tensor:
@@ -52,9 +52,11 @@ class AtssOptions(SingleAnchorOptions):
 
     node = "ATSS"
 
-    # What the third branch predicts: "centerness" (the paper), or "iou", the IoU of the predicted
-    # box with its object (PGD, ECCV 2022). Its target also weighs the GIoU loss of each positive,
-    # and a detection's score is sqrt(class * quality).
+    # What the third branch predicts: "centerness" (the paper), which also weighs the GIoU loss of
+    # each positive; "iou", the IoU of the predicted box with its object, every positive's GIoU loss
+    # counting the same (PGD, ECCV 2022); or "iou_weighted", where the IoU weighs the GIoU loss too,
+    # so that boxes far from their object hardly move. A detection's score is
+    # sqrt(class * quality).
     quality_branch: str = "centerness"
     # Factor of that branch's loss (binary cross-entropy).
     quality_loss_weight: float = 1.0
@@ -79,9 +81,10 @@ class ATSS(SingleAnchorDetector):
     ATSS, built from yaml by the keys MODEL.ATSS.
 
     Training gives `loss_atss_cls` (focal, over the moving average of positives), `loss_atss_loc`
-    (GIoU, averaged with the quality targets as weights) and `loss_atss_quality` (binary
-    cross-entropy, over the moving average of positives). A detection's score is
-    sqrt(class probability * quality); the threshold is on the class probability alone, as in FCOS.
+    (GIoU: the mean over the positives, for "centerness" and "iou_weighted" with the quality targets
+    as weights) and `loss_atss_quality` (binary cross-entropy, over the moving average of
+    positives). A detection's score is sqrt(class probability * quality); the threshold is on the
+    class probability alone, as in FCOS.
     """
 
     options: AtssOptions
@@ -117,8 +120,9 @@ class ATSS(SingleAnchorDetector):
         )
         boxes = self.decode_boxes(box_outputs[positives.index], positives.anchors)
         target = self._quality_targets(boxes, positives)
+        weight = ones if self.options.quality_branch == "iou" else target
         distance = 1 - aligned_giou(boxes, positives.boxes)
-        loss_loc = (target * distance).sum() / target.sum().clamp(min=1e-6)
+        loss_loc = (weight * distance).sum() / weight.sum().clamp(min=1e-6)
         loss_quality = F.binary_cross_entropy_with_logits(
             quality[positives.index, 0], target, reduction="sum"
         )
