@@ -27,7 +27,7 @@ from kd_det.distillation.schedule import Schedule
 from kd_det.distillation.teacher import Teacher, build_teacher
 from kd_det.distillation.views import View
 from kd_det.distillers import Distiller, Step, build_distiller, node_name
-from kd_det.modeling.dense.predictions import decode_dense
+from kd_det.distillers.predictions import decode_dense
 from kd_det.text import nearest
 
 _logger = logging.getLogger(__name__)
