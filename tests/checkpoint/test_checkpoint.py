@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import tiny_runs
@@ -116,15 +116,16 @@ def test_files_appear_whole(
     checkpointer.save("model_0000001")
     good = (tmp_path / "model_0000001.pth").read_bytes()
 
-    def crash(data: Any, path: str) -> None:
-        Path(path).write_bytes(b"half")
+    def crash(data: Any, file: BinaryIO) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", crash)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"model_0000001.pth could not .*disk full.*: \d+ bytes"):
         checkpointer.save("model_0000001")
     assert (tmp_path / "model_0000001.pth").read_bytes() == good
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
+    assert list(tmp_path.glob("*.part")) == []
 
 
 class TestResume:

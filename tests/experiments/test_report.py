@@ -9,7 +9,6 @@ from kd_det.cli import compare
 from kd_det.experiments.environment import shown_command
 from kd_det.experiments.figure import pick_images
 from kd_det.experiments.ground_truth import GroundTruth
-from kd_det.files import read_json, write_json
 
 # Boxes 40, 38 (class disc) and 36 (class ring) pixels wide, moved by 8: IoU 32/48, 30/46 and 28/44
 # reach 4, 4 and 3 of the 10 thresholds, so AP is (40 + 30) / 2.
@@ -126,14 +125,6 @@ def test_images_are_chosen_by_their_annotations_alone():
     assert picked(few + many) == [4, 8]  # a quarter and three quarters into [2, 4, 6, 8]
     assert picked(few) == [2, 7]  # no image has three objects: all count
     assert picked(few + many, count=9) == [2, 4, 6, 8]
-
-
-def test_json_files_hold_null_for_nan_and_half_files_are_none(tmp_path):
-    write_json(tmp_path / "deep" / "a.json", {"a": [float("nan"), 1.5], "b": {"c": float("inf")}})
-    assert read_json(tmp_path / "deep" / "a.json") == {"a": [None, 1.5], "b": {"c": None}}
-    (tmp_path / "half.json").write_text('{"a": ')
-    assert read_json(tmp_path / "half.json") is None
-    assert read_json(tmp_path / "absent.json") is None
 
 
 def test_reported_commands_name_no_folders_of_the_user(tmp_path, monkeypatch):
