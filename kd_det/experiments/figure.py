@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,7 +32,7 @@ def draw_report(
     report: Mapping[str, Any],
     truth: GroundTruth,
     detections: Mapping[str, Sequence[Mapping[str, Any]]],
-    path: Path,
+    file: BinaryIO,
 ) -> None:
     """
     Draw a report.
@@ -41,7 +41,7 @@ def draw_report(
         report: content of report.json.
         truth: the test set.
         detections: arm name -> COCO results of its first seed.
-        path: PNG file to write.
+        file: where to write the PNG.
     """
     arms = report["arms"]
     chart_inches = 0.9 + 0.42 * len(arms)
@@ -52,7 +52,7 @@ def draw_report(
     chart, strip = halves[:, 0]
     _draw_chart(chart.add_axes((0.235, 0.55 / chart_inches, 0.55, 1 - 0.85 / chart_inches)), report)
     _draw_images(strip, report, truth, detections)
-    figure.savefig(path)
+    figure.savefig(file, format="png")
 
 
 def _draw_chart(axes: Axes, report: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from kd_det.evaluation.bootstrap import CocoMatches, paired_bootstrap
 from kd_det.experiments.environment import describe_environment, without_user_path
 from kd_det.experiments.ground_truth import GroundTruth
 from kd_det.experiments.plan import Plan, Run
-from kd_det.experiments.recipe import Recipe
+from kd_det.experiments.recipe import Arm, Recipe
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _HEADERS = ("", *METRICS, "ΔAP [95 % interval]", "gap closed", "s/step", "memory")
@@ -60,25 +60,18 @@ def build_report(
         name: [CocoMatches.from_coco(truth.json_file, outcomes[r].detections) for r in of_arm]
         for name, of_arm in runs.items()
     }
-    arms = []
-    for arm in recipe.arms:
-        numbers = _numbers([outcomes[run] for run in runs[arm.name]])
-        is_baseline = arm.name == recipe.baseline
-        delta = (
-            None if is_baseline else paired_bootstrap(matches[recipe.baseline], matches[arm.name])
-        )
-        arms.append(
-            {
-                "name": arm.name,
-                "label": arm.label,
-                "config": arm.config.name,
-                "overrides": [without_user_path(word) for word in arm.overrides],
-                "init_from": arm.init_from,
-                "seeds": list(recipe.seeds),
-                **numbers,
-                "delta": delta,
-            }
-        )
+
+    def delta(name: str, against: str) -> dict[str, float]:
+        return paired_bootstrap(matches[against], matches[name])
+
+    arms = [
+        {
+            **_setting(arm, recipe.seeds),
+            **_numbers([outcomes[run] for run in runs[arm.name]]),
+            "delta": None if arm.name == recipe.baseline else delta(arm.name, recipe.baseline),
+        }
+        for arm in recipe.arms
+    ]
     teachers = [{"name": r.name, "seed": r.seed, **_numbers([outcomes[r]])} for r in plan.teachers]
     _relate(arms, teachers[0], recipe.baseline)
     return {
@@ -88,12 +81,23 @@ def build_report(
         "baseline": recipe.baseline,
         "arms": arms,
         "comparisons": [
-            {"arm": a, "against": b, "delta": paired_bootstrap(matches[b], matches[a])}
-            for a, b in recipe.comparisons
+            {"arm": a, "against": b, "delta": delta(a, b)} for a, b in recipe.comparisons
         ],
         "teacher": teachers[0],
         "other_teachers": teachers[1:],
         "environment": describe_environment(),
+    }
+
+
+def _setting(arm: Arm, seeds: Sequence[int]) -> dict[str, Any]:
+    """Return what a report says of an arm beside its numbers."""
+    return {
+        "name": arm.name,
+        "label": arm.label,
+        "config": arm.config.name,
+        "overrides": [without_user_path(word) for word in arm.overrides],
+        "init_from": arm.init_from,
+        "seeds": list(seeds),
     }
 
 

@@ -5,19 +5,23 @@ import json
 import pytest
 from PIL import Image
 
-from kd_det.cli import compare
+from kd_det.experiments import runs
+from kd_det.experiments.compare import _claimed
 from kd_det.experiments.environment import shown_command
 from kd_det.experiments.figure import pick_images
 from kd_det.experiments.ground_truth import GroundTruth
+from kd_det_cli import main
 
 # Boxes 40, 38 (class disc) and 36 (class ring) pixels wide, moved by 8: IoU 32/48, 30/46 and 28/44
 # reach 4, 4 and 3 of the 10 thresholds, so AP is (40 + 30) / 2.
 SHIFTED = {"shift": 8, "ap": 35.0}
 
 
-def compare_lab(lab, *extra, recipe=None):
-    argv = ["--recipe", recipe or lab.recipe, "--out", str(lab.out), "--jobs", "4", *extra]
-    return compare.main(argv, lab.runner)
+def compare_lab(lab, *extra, recipe=None, out=None):
+    words = ["--recipe", recipe or lab.recipe, "--out", str(out or lab.out), "--jobs", "4", *extra]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "RUNNER", lab.runner)
+        return main(["compare", *words])
 
 
 def test_report_holds_what_can_be_worked_out_by_hand(lab, capsys):
@@ -102,14 +106,30 @@ def test_exit_codes_and_messages(lab, capsys, tmp_path):
 
 def test_an_output_folder_that_is_taken_or_not_writable(lab, capsys):
     lab.out.mkdir()
-    with compare._claimed(lab.out):
+    with _claimed(lab.out):
         assert compare_lab(lab) == 1
     assert "Another `kd-det compare` is at work" in capsys.readouterr().err
     (lab.root / "file").write_text("")
-    argv = ["--recipe", lab.recipe, "--out", str(lab.root / "file" / "out")]
-    assert compare.main(argv, lab.runner) == 1
+    assert compare_lab(lab, out=lab.root / "file" / "out") == 1
     assert "cannot be written" in capsys.readouterr().err
     assert lab.calls() == []
+
+
+def test_another_recipe_does_not_replace_the_report(lab, capsys):
+    assert compare_lab(lab, "--arms", "l2", "--seeds", "0") == 0
+    first = (lab.out / "report.json").read_bytes()
+    text = (lab.root / "recipe.yaml").read_text()
+    other = lab.write("other.yaml", text.replace("name: tiny", "name: other"))
+    lab.calls()
+    capsys.readouterr()
+    assert compare_lab(lab, recipe=other) == 2
+    message = capsys.readouterr().err
+    assert f"{lab.out} holds the report of recipe tiny on cli_test_another_recipe" in message
+    assert "choose another --out, or move report.md, report.json, report.png away" in message
+    assert lab.calls() == [] and (lab.out / "report.json").read_bytes() == first
+    # The same recipe goes on where it was.
+    assert compare_lab(lab, "--arms", "l2", "--seeds", "0") == 0
+    assert lab.calls() == [] and (lab.out / "report.json").is_file()
 
 
 def test_images_are_chosen_by_their_annotations_alone():
