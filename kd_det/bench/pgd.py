@@ -199,7 +199,7 @@ def distillation(size: tuple[int, int], scene: Scene) -> Callable[[], Any]:
         image_sizes=[size],
         ignored=[torch.zeros(0, 4)],
     )
-    step = Step(pairs, {}, {"predictions": predictions}, targets)
+    step = Step(pairs, {"predictions": predictions}, targets)
     students = [pair.student for tower_pairs in pairs.values() for pair in tower_pairs]
     distiller = PGD()
     return lambda: torch.autograd.grad(sum(distiller(step).values()), students)

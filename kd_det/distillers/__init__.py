@@ -8,7 +8,8 @@ from kd_det.distillers.base import (
     Step,
     Targets,
     build_distiller,
-    loss_key,
+    distiller_class,
+    node_name,
 )
 from kd_det.distillers.feature_lp import FeatureLp
 from kd_det.distillers.msad import AlignedPyramid
@@ -27,5 +28,6 @@ __all__ = [
     "Step",
     "Targets",
     "build_distiller",
-    "loss_key",
+    "distiller_class",
+    "node_name",
 ]

@@ -7,10 +7,8 @@ ECCV 2022 (arXiv 2203.05469).
     importance  I: of each box, a Gaussian fitted to the K positions at which the teacher's class
                 score and IoU are best (`functional.gaussian_importance`), once with xi = 0.8 for
                 classification and once with 0.6 for regression
-    L = sum over levels  w_l (alpha L_fg + beta L_bg) + delta L_att      first block of the cls
-    tower
-                       + gamma L_fea + delta L_att                       first block of the reg
-                       tower
+    L = sum over levels  w_l (alpha L_fg + beta L_bg) + delta L_att    first block, cls tower
+                       + gamma L_fea + delta L_att                     first block, reg tower
 
 (`functional.prediction_guided` has the terms.) Beyond the paper: adapters where widths differ, and
 FEATURES "neck", which applies the classification part to the pyramid itself, so that a dense
@@ -23,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -77,8 +75,51 @@ class PGD(Distiller):
 
     config_key = "PGD"
     uses_class_scores = True
+    needs_boxes = True
 
-    @configurable
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        """Add the keys of KD.PGD. Values are those of FCOS R101 -> R50 where detectors differ."""
+        super().add_config(node)
+        # "towers": the head's towers, as published; "neck": the pyramid itself, for students whose
+        # head has no towers (R-CNN students of a dense teacher; not in the paper), classification
+        # part alone.
+        node.FEATURES = "towers"
+        # Module paths of the towers in both models; an empty REG_TOWER (coupled heads) leaves the
+        # classification part alone.
+        node.CLS_TOWER = "head.cls_subnet"
+        node.REG_TOWER = "head.bbox_subnet"
+        # Block of the towers whose activation is compared; 0 is the first.
+        node.TOWER_BLOCK = 0
+        # Adapter where the towers' widths differ ("auto"); the paper has none.
+        node.ADAPTER = "auto"
+        # Weights of classification foreground, background, regression, attention. The release
+        # weights a batch's images by each other's masks: with right masks ALPHA and BETA may need
+        # to be 2 to 4 times larger.
+        node.ALPHA = 0.04
+        node.BETA = 0.02
+        node.GAMMA = 0.064
+        node.DELTA = 0.0008
+        # Factors of ALPHA and BETA per level, from fine to coarse.
+        node.LEVEL_WEIGHTS = [1.0, 1.25, 1.5, 1.75, 2.0]
+        # Temperature of both attentions (AutoAssign: 0.4).
+        node.TAU = 0.8
+        # Positions selected for each box (ATSS: 9).
+        node.TOP_K = 30
+        # Exponent of the IoU in the quality score, for the two masks; 1 - it is the class score's.
+        node.XI_CLS = 0.8
+        node.XI_REG = 0.6
+        # The box gates positions "before" the top-k (paper) or "after" the fit (release).
+        node.GATE = "before"
+        # Padding takes part in nothing (the release's anchor-based heads); False counts it as
+        # background.
+        node.MASK_PADDING = True
+        # Regions annotated as crowd or ignored are no background (the release counts them as such).
+        node.MASK_IGNORED = False
+        # Masks of each "image", or summed over the "batch" (the release, whose results may rest on
+        # it).
+        node.MASK_SCOPE = "image"
+
     def __init__(
         self,
         *,
@@ -136,12 +177,6 @@ class PGD(Distiller):
         self.mask_padding = mask_padding
         self.mask_ignored = mask_ignored
         self.mask_scope = mask_scope
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Translate KD.PGD: keyword arguments are its keys in lower case."""
-        skipped = ("WEIGHT", "SCHEDULE")
-        return {key.lower(): value for key, value in cfg.KD.PGD.items() if key not in skipped}
 
     def captures(self) -> Sequence[CaptureSpec]:
         """Return the towers of both models and the teacher's predictions."""

@@ -11,9 +11,10 @@ maps that were min-max normalised; the student's pass a 1x1 convolution first wh
 The detector's own losses stay as they are; the weight (lambda) is 2 or 4.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from torch import Tensor
 
 from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
@@ -27,7 +28,26 @@ class SSIM(PyramidDistiller):
 
     config_key = "SSIM"
 
-    @configurable
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        """Add the keys of KD.SSIM. WEIGHT is the paper's lambda, 2 or 4."""
+        super().add_config(node)
+        node.WEIGHT = 4.0
+        # Odd number of cells per side of the window; "gaussian" of SIGMA cells, or "box".
+        node.WINDOW_SIZE = 11
+        node.SIGMA = 1.5
+        node.WINDOW = "gaussian"
+        # At the border: "reflect" (the reference code's), "renorm" (rescale what lies inside), or
+        # "valid".
+        node.BORDER = "reflect"
+        # What shares one min-max range: each "channel" of each image, each "image", the whole
+        # "level", or "none". The paper does not say; "channel" is what its reference library
+        # offers.
+        node.NORMALIZE = "channel"
+        # Exponents, each 0 or 1, of the luminance, contrast and structure terms (the paper's
+        # ablation).
+        node.EXPONENTS = [1, 1, 1]
+
     def __init__(
         self,
         *,
@@ -36,7 +56,7 @@ class SSIM(PyramidDistiller):
         window: str = "gaussian",
         border: str = "reflect",
         normalize: str = "channel",
-        exponents: tuple[int, int, int] = (1, 1, 1),
+        exponents: Sequence[int] = (1, 1, 1),
         mask_padding: bool = False,
         student_capture: str = "backbone",
         teacher_capture: str = "backbone",
@@ -59,22 +79,8 @@ class SSIM(PyramidDistiller):
         self.window = window
         self.border = border
         self.normalize = normalize
-        self.exponents = exponents
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Translate KD.SSIM."""
-        node = cfg.KD.SSIM
-        luminance, contrast, structure = node.EXPONENTS
-        return {
-            "window_size": node.WINDOW_SIZE,
-            "sigma": node.SIGMA,
-            "window": node.WINDOW,
-            "border": node.BORDER,
-            "normalize": node.NORMALIZE,
-            "exponents": (luminance, contrast, structure),
-            **cls.common_arguments(node),
-        }
+        luminance, contrast, structure = exponents
+        self.exponents = (luminance, contrast, structure)
 
     def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
         """Return the mean structural dissimilarity of a pair."""

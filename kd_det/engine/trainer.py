@@ -23,12 +23,12 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from kd_det.checkpoint import KDCheckpointer
+from kd_det.checkpoint import KDCheckpointer, student_of
 from kd_det.config import student_cfg
 from kd_det.data import CheckedDatasetMapper
 from kd_det.data.loading import check_classes, load_training_set
 from kd_det.distillation import DistillationDetector
-from kd_det.distillation.teacher import class_count
+from kd_det.distillation.classes import class_count
 from kd_det.engine.launch import distribute
 from kd_det.engine.loop import TrainingLoop
 from kd_det.engine.run_files import ProgressFile, RunResult
@@ -69,7 +69,7 @@ class DistillationTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self._sampler: ResumableSampler | None = None
-        loader = self._build_train_loader(cfg)
+        loader = self._build_train_loader(cfg, class_count(student_of(model)))
         self._trainer = TrainingLoop(
             distribute(model),
             loader,
@@ -107,13 +107,11 @@ class DistillationTrainer(DefaultTrainer):
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
         return adamw(parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
-    def _build_train_loader(self, cfg: CfgNode) -> Any:
+    def _build_train_loader(self, cfg: CfgNode, classes: int | None) -> Any:
         dataset = load_training_set(cfg)
-        plain = student_cfg(cfg)
-        count = class_count(plain)
-        if count is not None:
-            model = plain.MODEL.META_ARCHITECTURE
-            check_classes(dataset, cfg.DATASETS.TRAIN, model=model, num_classes=count)
+        if classes is not None:
+            model = student_cfg(cfg).MODEL.META_ARCHITECTURE
+            check_classes(dataset, cfg.DATASETS.TRAIN, model=model, num_classes=classes)
         if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
             self._sampler = ResumableSampler(len(dataset))
         return build_detection_train_loader(

@@ -13,9 +13,9 @@ from kd_det.config import (
     changed_settings,
     is_distillation,
     load_config,
-    nearest,
     student_cfg,
 )
+from kd_det.text import nearest
 
 Write = Callable[..., str]
 
@@ -75,7 +75,8 @@ class TestKeys:
     def test_every_key_is_reached_by_yaml_and_by_override(self, write: Write) -> None:
         added = added_keys()
         assert len(added) > 100
-        changed = {key: other(value) for key, value in added if key != "KD.DATASETS"}
+        names = ("KD.DATASETS", "KD.PLUGINS")  # read before the keys are
+        changed = {key: other(value) for key, value in added if key not in names}
         nested: dict[str, Any] = {}
         for key, value in changed.items():
             *parents, leaf = key.split(".")

@@ -55,7 +55,7 @@ class TestSsim(TestAlignedPyramid):
 def step_of(*pairs: tuple[Tensor, Tensor], size: tuple[int, int] = (8, 16)) -> Step:
     sizes = torch.tensor([size], dtype=torch.float32)
     levels = [Pair("p2~p3", 8.0, s, t, sizes) for s, t in pairs]
-    return Step({"features": levels}, {}, {}, Targets([], [], [size], []))
+    return Step({"features": levels}, {}, Targets([], [], [size], []))
 
 
 # One image, two channels, two cells: differences 1, -2 | 0.5, 0.
@@ -147,13 +147,13 @@ def test_half_view_student_of_the_aligned_teacher(
     """P2..P6 of half the image learn the fused P3..P7; value and warm-up by hand."""
     cfg = tiny_student("fcos", aligned_teacher, HALF)
     model = build_model(cfg)
-    (wanted,) = model.wiring.wanted["AlignedPyramid"]
+    (wanted,) = model.active["AlignedPyramid"].captures
     assert [p.stride for p in wanted.pairs] == [8, 16, 32, 64, 128]
     assert not any(p.resample for p in wanted.pairs)
 
     batch = tiny_runs.batch_of(cfg, tiny_records)
     seen: list[list[Pair]] = []
-    model.distillers["AlignedPyramid"].register_forward_pre_hook(
+    model.active["AlignedPyramid"].distiller.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].pairs["features"])
     )
     first, storage = tiny_runs.losses_at(model, batch, 0)

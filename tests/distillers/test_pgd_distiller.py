@@ -381,7 +381,7 @@ def built(
 def run(model: Any, cfg: CfgNode, records: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Step]:
     """Run a training step, with the teacher's inference forbidden; return what PGD was given."""
     steps: list[Step] = []
-    model.distillers["PGD"].register_forward_pre_hook(lambda m, args: steps.append(args[0]))
+    model.active["PGD"].distiller.register_forward_pre_hook(lambda m, args: steps.append(args[0]))
 
     def fail(*args: Any) -> None:
         raise AssertionError("the teacher went on to inference")
@@ -414,7 +414,7 @@ def test_neck_of_a_two_stage_student_of_a_dense_teacher(
     loss = losses["loss_kd_pgd_cls"]
     assert torch.isfinite(loss)
     assert gradient_at(model.student.backbone.fpn_lateral3.weight, loss) > 0
-    masks = model.distillers["PGD"].masks(step.teacher["predictions"], step.targets)
+    masks = model.active["PGD"].distiller.masks(step.teacher["predictions"], step.targets)
     assert masks.cls[0].any()
 
 
@@ -431,7 +431,7 @@ def test_towers_of_detectors_with_several_anchors(
     ):
         assert logits.shape[1] == 9 * height * width
         assert pair.student.shape[-2:] == pair.teacher.shape[-2:] == (height, width)
-    masks = model.distillers["PGD"].masks(predictions, step.targets)
+    masks = model.active["PGD"].distiller.masks(predictions, step.targets)
     assert [x.shape[1:] for x in masks.cls] == [torch.Size(size) for size in predictions.sizes]
     assert masks.cls[0].any()
     head = model.student.head
