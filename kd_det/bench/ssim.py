@@ -117,12 +117,8 @@ def run(
         },
     }
     for title, names in (("p3", ["p3"]), ("pyramid", list(levels))):
-        rows = tqdm(libraries.items(), desc=f"memory {title}")
-        found = {
-            name: row(name, library.loss, {key: levels[key] for key in names}, seconds, accuracy)
-            for name, library in rows
-        }
-        report[title] = {name: entry for name, entry in found.items() if entry}
+        chosen = {name: levels[name] for name in names}
+        report[title] = table(title, libraries, chosen, seconds, accuracy)
     report["floor"] = bandwidth_floor(levels, device)
     return report
 
@@ -174,6 +170,21 @@ def check(
                 "grad_error": ((grad - true_grad).norm() / true_grad.norm()).item(),
             }
     return failures, accuracy
+
+
+def table(
+    title: str,
+    libraries: Mapping[str, Library],
+    levels: Mapping[str, tuple[Tensor, Tensor]],
+    seconds: Mapping[tuple[str, str], list[float]],
+    accuracy: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> dict[str, dict[str, float]]:
+    """Return a row for each library that can run any of some levels."""
+    rows = {
+        name: row(name, library.loss, levels, seconds, accuracy)
+        for name, library in tqdm(libraries.items(), desc=f"memory {title}")
+    }
+    return {name: entry for name, entry in rows.items() if entry}
 
 
 def row(
