@@ -32,9 +32,9 @@ from kd_det.bench.pgd_scene import (
 )
 from kd_det.distillers.base import Pair, Step, Targets
 from kd_det.distillers.pgd import PGD
-from kd_det.functional.gaussian_importance import importance_maps
+from kd_det.functional.gaussian_importance import ImportanceOptions, importance_maps
 from kd_det.functional.level_grid import (
-    Level,
+    Grid,
     count_positions,
     grid_positions,
     positions_in_boxes,
@@ -76,17 +76,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     size, counts, rounds, device = tuple(args.size), list(args.boxes), args.rounds, args.device
     if args.quick:
         size, counts, rounds = (96, 128), [1, 10], 1
-    levels = pyramid(size)
-    print(f"Images of {size[0]}x{size[1]}, {count_positions(levels)} positions, 2 per batch.")
-    scenes = {count: Scene.random(levels, size, count, device) for count in counts}
+    grids = pyramid(size)
+    print(f"Images of {size[0]}x{size[1]}, {count_positions(grids)} positions, 2 per batch.")
+    scenes = {count: Scene.random(grids, size, count, device) for count in counts}
     targets = bench_targets(scenes, rounds, device)
     print(tabulate(targets, headers="keys", floatfmt=".4g"))
-    losses = bench_losses(size, levels, rounds, device, depth=18 if args.quick else 50)
+    losses = bench_losses(size, grids, rounds, device, depth=18 if args.quick else 50)
     print(tabulate([losses], headers="keys", floatfmt=".4g"))
     return {
         "device": device_name(device),
         "size": size,
-        "positions": count_positions(levels),
+        "positions": count_positions(grids),
         "images": 2,
         "rounds": rounds,
         "classes": CLASSES,
@@ -105,11 +105,10 @@ def batched_targets(scene: Scene) -> list[Tensor]:
         scene.gt_boxes,
         scene.gt_classes,
         valid,
-        scene.levels,
-        exponents=EXPONENTS,
-        top_k=TOP_K,
+        scene.grids,
+        ImportanceOptions(exponents=EXPONENTS, top_k=TOP_K),
     )
-    background = ~positions_in_boxes(scene.levels, scene.gt_boxes, valid)
+    background = ~positions_in_boxes(scene.grids, scene.gt_boxes, valid)
     return [*maps, background.to(scene.logits.device)]
 
 
@@ -146,10 +145,10 @@ def bench_targets(
 
 
 def bench_losses(
-    size: tuple[int, int], levels: Sequence[Level], rounds: int, device: str, depth: int
+    size: tuple[int, int], grids: Sequence[Grid], rounds: int, device: str, depth: int
 ) -> dict[str, Any]:
     """Measure PGD on one image of ten boxes against the training step of a student."""
-    scene = Scene.random(levels, size, 10, device)
+    scene = Scene.random(grids, size, 10, device)
     distill, student = distillation(size, scene), student_step(size, scene, depth, device)
     runs = {"losses": distill, "student": student}
     seconds = take_turns(runs, rounds, device, clock="cpu")
@@ -170,7 +169,7 @@ def distillation(size: tuple[int, int], scene: Scene) -> Callable[[], Any]:
     device = scene.logits.device
 
     def tower() -> list[Tensor]:
-        shapes = [(1, CHANNELS, level.height, level.width) for level in scene.levels]
+        shapes = [(1, CHANNELS, level.height, level.width) for level in scene.grids]
         return [torch.randn(*x, generator=generator).relu().to(device) for x in shapes]
 
     sizes = torch.tensor([size], device=device, dtype=torch.float32)
@@ -178,19 +177,19 @@ def distillation(size: tuple[int, int], scene: Scene) -> Callable[[], Any]:
         name: [
             Pair(f"p{i}", level.stride, student.requires_grad_(), teacher, sizes)
             for i, (level, student, teacher) in enumerate(
-                zip(scene.levels, tower(), tower(), strict=True), start=3
+                zip(scene.grids, tower(), tower(), strict=True), start=3
             )
         ]
         for name in ("cls", "reg")
     }
-    counts = [level.height * level.width for level in scene.levels]
+    counts = [level.height * level.width for level in scene.grids]
     predictions = DensePredictions(
         logits=list(scene.logits[:1].split(counts, dim=1)),
         boxes=list(scene.boxes[:1].split(counts, dim=1)),
-        positions=list(grid_positions(scene.levels).split(counts)),
-        strides=[level.stride for level in scene.levels],
-        sizes=[(level.height, level.width) for level in scene.levels],
-        offset=scene.levels[0].offset,
+        positions=list(grid_positions(scene.grids).split(counts)),
+        strides=[level.stride for level in scene.grids],
+        sizes=[(level.height, level.width) for level in scene.grids],
+        offset=scene.grids[0].offset,
         anchors_per_position=1,
     )
     targets = Targets(

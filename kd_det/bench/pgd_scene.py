@@ -17,16 +17,16 @@ from torch import Tensor
 
 from kd_det.config import add_kd_config
 from kd_det.functional.gaussian_importance import RIDGE, prediction_quality
-from kd_det.functional.level_grid import Level, grid_positions
+from kd_det.functional.level_grid import Grid, grid_positions
 
 STRIDES = (8, 16, 32, 64, 128)
 CLASSES, CHANNELS, TOP_K, EXPONENTS = 80, 256, 30, (0.8, 0.6)
 
 
-def pyramid(size: tuple[int, int]) -> list[Level]:
+def pyramid(size: tuple[int, int]) -> list[Grid]:
     """Return the grids P3..P7 of a batch of images (height, width) padded to multiples of 32."""
     height, width = (math.ceil(side / 32) * 32 for side in size)
-    return [Level(math.ceil(height / s), math.ceil(width / s), s) for s in STRIDES]
+    return [Grid(math.ceil(height / s), math.ceil(width / s), s) for s in STRIDES]
 
 
 class Scene(NamedTuple):
@@ -36,16 +36,16 @@ class Scene(NamedTuple):
     boxes: Tensor
     gt_boxes: Tensor
     gt_classes: Tensor
-    levels: Sequence[Level]
+    grids: Sequence[Grid]
 
     @classmethod
     def random(
-        cls, levels: Sequence[Level], size: tuple[int, int], count: int, device: str
+        cls, grids: Sequence[Grid], size: tuple[int, int], count: int, device: str
     ) -> "Scene":
         """Draw predictions, and boxes with log-uniform sides of 16 px to half of the image."""
         generator = torch.Generator().manual_seed(0)
-        points = grid_positions(levels).float()
-        strides = torch.tensor([v.stride for v in levels for _ in range(v.height * v.width)])
+        points = grid_positions(grids).float()
+        strides = torch.tensor([v.stride for v in grids for _ in range(v.height * v.width)])
         reach = torch.rand(2, len(points), 4, generator=generator) * 6 * strides[:, None]
         extent = torch.tensor([size[1], size[0]])
         sides = 16 * (extent / 32) ** torch.rand(2, count, 2, generator=generator)
@@ -55,14 +55,14 @@ class Scene(NamedTuple):
             boxes=torch.cat([points - reach[..., :2], points + reach[..., 2:]], dim=2).to(device),
             gt_boxes=torch.cat([corner, corner + sides], dim=2),
             gt_classes=torch.randint(0, CLASSES, (2, count), generator=generator),
-            levels=levels,
+            grids=grids,
         )
 
 
 def looped_targets(scene: Scene) -> list[Tensor]:
     """Compute the same by a loop over images and boxes, each step for all positions at once."""
     device = scene.logits.device
-    points = grid_positions(scene.levels).to(device)
+    points = grid_positions(scene.grids).to(device)
     x, y = points.float().unbind(1)
     num_images, num_positions = scene.boxes.shape[:2]
     maps = [torch.zeros(num_images, num_positions, device=device) for _ in EXPONENTS]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from kd_det.bench.measure import device_name, kept_bytes, peak_bytes, take_turns
 from kd_det.bench.options import add_options
 from kd_det.bench.ssim_libraries import OWN, Library, Loss, load_libraries
-from kd_det.functional.ssim import ssim_loss
+from kd_det.functional.ssim import SSIMOptions, ssim_loss
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
 # Both maps are read for the min-max and again for SSIM, the gradient is written, read and scaled.
@@ -162,7 +162,7 @@ def check(
                 failures.append({"library": name, "level": level, "error": str(error)})
                 continue
             if library.border not in exact:
-                loss = ssim_loss(*wide, border=library.border)
+                loss = ssim_loss(*wide, SSIMOptions(border=library.border))
                 exact[library.border] = loss.detach(), torch.autograd.grad(loss, wide[0])[0]
             true_value, true_grad = exact[library.border]
             accuracy[name][level] = {
