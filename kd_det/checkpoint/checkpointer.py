@@ -11,7 +11,7 @@ from torch import nn
 from kd_det.checkpoint.state import KDState, student_of
 from kd_det.compat import safe_numpy_load
 from kd_det.distillation.teacher import RecordingCheckpointer
-from kd_det.files import write_whole
+from kd_det.files import write_text, write_whole
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +42,10 @@ class KDCheckpointer(RecordingCheckpointer):
         write_whole(path, lambda file: torch.save(data, file))
         _logger.info("Saved checkpoint %s", path)
         self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Write which checkpoint is the last, whole or not at all."""
+        write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def load_student(self, path: str, *, strict: bool) -> None:
         """
