@@ -32,14 +32,13 @@ from kd_det.bench.pgd_scene import (
 )
 from kd_det.distillers.base import Pair, Step, Targets
 from kd_det.distillers.pgd import PGD
+from kd_det.distillers.predictions import DensePredictions
 from kd_det.functional.gaussian_importance import ImportanceOptions, importance_maps
 from kd_det.functional.level_grid import (
     Grid,
     count_positions,
-    grid_positions,
     positions_in_boxes,
 )
-from kd_det.modeling.dense.predictions import DensePredictions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,11 +185,9 @@ def distillation(size: tuple[int, int], scene: Scene) -> Callable[[], Any]:
     predictions = DensePredictions(
         logits=list(scene.logits[:1].split(counts, dim=1)),
         boxes=list(scene.boxes[:1].split(counts, dim=1)),
-        positions=list(grid_positions(scene.grids).split(counts)),
         strides=[level.stride for level in scene.grids],
         sizes=[(level.height, level.width) for level in scene.grids],
         offset=scene.grids[0].offset,
-        anchors_per_position=1,
     )
     targets = Targets(
         boxes=[scene.gt_boxes[0]],

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from kd_det.distillation.batch import Frame
 from kd_det.distillation.capture import CapturePath, Captures
 from kd_det.distillation.pairing import LevelPair, levels_of
 from kd_det.distillers import CaptureSpec, Distiller, Pair, Step, Targets
+from kd_det.distillers.predictions import DensePredictions, HeadOutputs
 
 LossDict = dict[str, Tensor]
 # Iteration -> weight.
@@ -45,7 +46,7 @@ class ActiveDistiller(nn.Module):
         captures: resolved, pyramids paired.
         adapters: per pyramid capture, one module per pair.
         decode: turns the teacher's raw head outputs into `DensePredictions` in the loaded image's
-            pixels; needed where a capture wants predictions.
+            pixels; None where no capture wants predictions.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class ActiveDistiller(nn.Module):
         schedule: WeightSchedule,
         captures: list[ResolvedCapture],
         adapters: Mapping[str, nn.ModuleList],
-        decode: Callable[[Any], Any],
+        decode: Callable[[HeadOutputs], DensePredictions] | None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -81,12 +82,13 @@ class ActiveDistiller(nn.Module):
             frame: the batch's geometry, common to all distillers.
         """
         pairs: dict[str, list[Pair]] = {}
-        predictions: dict[str, Any] = {}
+        predictions: dict[str, DensePredictions] = {}
         features: list[Tensor] = []
         for item in self.captures:
             assert item.teacher is not None
             outputs = teacher.get(item.teacher)
             if item.spec.kind == "predictions":
+                assert self._decode is not None
                 predictions[item.spec.name] = self._decode(outputs[0])
                 continue
             assert item.student is not None

@@ -27,7 +27,6 @@ from kd_det.distillation.schedule import Schedule
 from kd_det.distillation.teacher import Teacher, build_teacher
 from kd_det.distillation.views import View
 from kd_det.distillers import Distiller, Step, build_distiller, node_name
-from kd_det.modeling.dense.predictions import decode_dense
 from kd_det.text import nearest
 
 _logger = logging.getLogger(__name__)
@@ -108,7 +107,6 @@ class DistillationDetector(nn.Module):
                     view=self.view,
                     distillers=distillers,
                     schedules={name: (schedules or {}).get(name, _one) for name in distillers},
-                    decode=_decoder(teacher),
                     resample=resample_levels,
                 )
             self.active = nn.ModuleDict(active)  # type: ignore[assignment]
@@ -259,15 +257,6 @@ class DistillationDetector(nn.Module):
 
 def _one(iteration: int) -> float:
     return 1.0
-
-
-def _decoder(teacher: Teacher) -> Callable[[Any], Any]:
-    """Return what reads the teacher's raw head outputs as predictions in the loaded image."""
-
-    def decode(head_outputs: Any) -> Any:
-        return decode_dense(teacher.model, head_outputs).scaled(teacher.view.factor)
-
-    return decode
 
 
 def _compare_views(view: View, teacher: nn.Module) -> None:
