@@ -39,7 +39,8 @@ def power(
     error = float(np.sqrt(of_seeds + shared))
     if error == 0:
         return float(effect != 0)
-    dof = float(matched_dof(of_seeds, shared, shared**2 / (images - 1), seeds))
+    doubt = shared**2 / (images - 1)
+    dof = float(matched_dof(of_seeds, shared, doubt, seeds=seeds, level=1 - confidence))
     bound = float(t.ppf((1 + confidence) / 2, dof))
     shift = abs(effect) / error
     return float(nct.sf(bound, dof, shift) + nct.cdf(-bound, dof, shift))

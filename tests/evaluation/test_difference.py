@@ -45,11 +45,14 @@ def draw(seeds: int, *, interaction: float, skewed: bool, seed: int) -> Draws:
     return Draws(rng.normal(size=(REPEATS, seeds)), mean, covariance)
 
 
-def coverage(draws: Draws, seed_spread: float, image_spread: float, truth: float) -> float:
+def coverage(
+    draws: Draws, seed_spread: float, image_spread: float, truth: float, *, level: float = 0.05
+) -> float:
     """How often the interval holds the truth, in percent."""
     per_seed = truth + seed_spread * draws.of_seeds + image_spread * draws.of_images
-    variance, dof = variance_and_dof(per_seed, image_spread**2 * draws.covariance, IMAGES - 1)
-    half = t.ppf(0.975, dof) * np.sqrt(variance)
+    covariance = image_spread**2 * draws.covariance
+    variance, dof = variance_and_dof(per_seed, covariance, IMAGES - 1, level=level)
+    half = t.ppf(1 - level / 2, dof) * np.sqrt(variance)
     return float(100 * (np.abs(per_seed.mean(axis=1) - truth) <= half).mean())
 
 
@@ -65,6 +68,17 @@ def test_intervals_cover(seeds: int, interaction: float, skewed: bool) -> None:
         assert 93 <= covered <= 98, (seed_spread, image_spread, truth)
 
 
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("interaction", [0.0, 0.3, 0.7])
+def test_small_p_are_as_rare_as_they_say(seeds: int, interaction: float) -> None:
+    """Holm's correction asks of 10 comparisons whether p is below 0.005."""
+    draws = draw(seeds, interaction=interaction, skewed=False, seed=10 + seeds)
+    for seed_spread, image_spread in itertools.product(SEED_SPREADS, IMAGE_SPREADS):
+        wrong = 100 - coverage(draws, seed_spread, image_spread, 0.0, level=0.005)
+        # Three standard errors of 0.11 above 0.5 %. Plain Welch-Satterthwaite: up to 2.7 %.
+        assert wrong <= 0.85, (seed_spread, image_spread)
+
+
 @pytest.mark.parametrize("image_spread", IMAGE_SPREADS)
 def test_one_seed_covers_over_test_images_and_not_over_seeds(image_spread: float) -> None:
     draws = draw(1, interaction=0.3, skewed=False, seed=1)
@@ -74,15 +88,15 @@ def test_one_seed_covers_over_test_images_and_not_over_seeds(image_spread: float
 
 def test_numbers_by_hand() -> None:
     # Seeds: sample variance 1, a third of it for the mean. Images: 0.2 beside the diagonal, 0.3 for
-    # the mean at fixed seeds, so 0.1 of interaction. chi2 with 2 degrees of freedom exceeds
-    # -2 ln(3/4) with probability 3/4. Image dof: 1 / (1/100 + 1/100) = 50.
+    # the mean at fixed seeds, so 0.1 of interaction. chi2 with 2 degrees of freedom is below
+    # -2 ln(1 - q) with probability q = sqrt(0.05). Image dof: 1 / (1/100 + 1/100) = 50.
     covariance = np.full((3, 3), 0.2) + 0.3 * np.eye(3)
     found = mean_difference(np.array([1.0, 2.0, 3.0]), covariance, images=101, resamples=101)
-    raised = (1 / 3) * 2 / (-2 * math.log(0.75))
+    raised = (1 / 3) * 2 / (-2 * math.log(1 - math.sqrt(0.05)))
     dof = (raised + 0.2) ** 2 / (raised**2 / 2 + (0.3**2 + 0.1**2 / 2) / 50)
-    assert found.dof == pytest.approx(dof) == pytest.approx(2.7423, abs=1e-4)
+    assert found.dof == pytest.approx(dof) == pytest.approx(2.6478, abs=1e-4)
     assert found.standard_error == pytest.approx(math.sqrt(1 / 3 + 0.2))
-    half = 3.3578 * math.sqrt(1 / 3 + 0.2)  # t quantile of 2.7423 degrees of freedom
+    half = 3.4359 * math.sqrt(1 / 3 + 0.2)  # t quantile of 2.6478 degrees of freedom
     assert (found.low, found.high) == (pytest.approx(2 - half, abs=1e-3), 4 - found.low)
     assert found.mean == 2 and found.seed_sd == 1 and found.image_sd == pytest.approx(0.2**0.5)
     assert (found.seeds, found.images, found.method) == (3, 101, "seeds and test images")
@@ -101,15 +115,21 @@ def test_one_part_alone_keeps_its_degrees_of_freedom() -> None:
     assert images_alone.high == pytest.approx(0.3 + 2.0086 * 0.1, abs=1e-4)
 
 
-def test_p_meets_the_level_where_the_interval_touches_zero() -> None:
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_p_is_the_level_whose_interval_touches_zero(confidence: float) -> None:
     covariance = np.full((3, 3), 0.01) + 0.01 * np.eye(3)
-    around = mean_difference(np.array([-0.2, 0.0, 0.2]), covariance, images=50, resamples=100)
-    touching = mean_difference(
-        np.array([-0.2, 0.0, 0.2]) + around.high, covariance, images=50, resamples=100
-    )
-    assert around.p == 1
+
+    def found(mean: float) -> Difference:
+        per_seed = mean + np.array([-0.2, 0.0, 0.2])
+        return mean_difference(
+            per_seed, covariance, images=50, resamples=100, confidence=confidence
+        )
+
+    touching = found(found(0.0).high)
     assert touching.low == pytest.approx(0, abs=1e-12)
-    assert touching.p == pytest.approx(0.05)
+    assert touching.p == pytest.approx(1 - confidence)
+    assert found(0.0).p == pytest.approx(1)
+    assert found(1e9).p == pytest.approx(0, abs=1e-8)
 
 
 def test_one_seed_gives_no_p() -> None:
