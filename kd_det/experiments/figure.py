@@ -76,7 +76,8 @@ def _draw_chart(axes: Axes, report: Mapping[str, Any]) -> None:
     axes.set_ylim(len(arms) - 0.45, -0.55)
     axes.set_xlim(0, max(right, 1.0))
     legend = f"box AP on {report['test_set']['images']} test images   ○ a seed"
-    axes.set_xlabel(f"{legend}   ├─┤ 95 % interval of the gain", fontsize=8.5, color=_SOFT)
+    over = "" if len(arms[0]["seeds"]) > 1 else ", over test images only"
+    axes.set_xlabel(f"{legend}   ├─┤ 95 % interval of the gain{over}", fontsize=8.5, color=_SOFT)
     _strip(axes)
 
 

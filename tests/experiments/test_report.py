@@ -44,22 +44,28 @@ def test_report_holds_what_can_be_worked_out_by_hand(lab, capsys):
     assert none["mean"]["AP"] == 35.0 and none["std"]["AP"] == pytest.approx(2**0.5)
     assert none["APs"] == [None, None] and none["mean"]["APs"] is None
     assert none["delta"] is None and none["gap_closed"] is None
-    # All images are alike, so no resample differs from another.
-    assert l2["delta"] == pytest.approx({"mean": 65.0, "low": 65.0, "high": 65.0})
+    # All images and seeds are alike, so nothing spreads.
+    assert [l2["delta"][key] for key in ("mean", "low", "high")] == pytest.approx([65.0] * 3)
+    assert (l2["delta"]["verdict"], l2["delta"]["seeds"]) == ("gain", 2)
+    assert l2["delta"]["method"] == "seeds and test images" and l2["delta"]["holm"] < 0.05
     assert l2["gap_closed"] == pytest.approx(65.0 / (165.0 - 35.0))
     assert l2["sec_per_step"] == 0.3 and l2["sec_per_step_ratio"] == pytest.approx(1.5)
     assert again["delta"]["mean"] == pytest.approx(0.0)
     (pair,) = report["comparisons"]
     assert (pair["arm"], pair["against"]) == ("again", "l2")
     assert pair["delta"]["mean"] == pytest.approx(-65.0)
+    assert pair["delta"]["verdict"] == "loss"
+    assert report["power"]["seeds"] == 3 and report["power"]["seed_sd"] == pytest.approx(0)
     assert report["teacher"]["AP"] == [165.0] and report["other_teachers"] == []
     assert report["environment"]["kd_det"] and report["environment"]["cores"] >= 1
 
     shown = capsys.readouterr().out
-    assert "+65.0 [+65.0, +65.0]" in shown and "50 %" in shown and "0.30 (1.50x)" in shown
+    assert "+65.00 [+65.00, +65.00]" in shown and "50 %" in shown and "0.30 (1.50x)" in shown
     page = (lab.out / "report.md").read_text()
     assert "35.0 ± 1.4" in page and "L2 on features" in page and "(report.png)" in page
-    assert "again minus L2 on features: -65.0" in page
+    held = "holds after Holm's correction for 3 comparisons"
+    assert f"again minus L2 on features: -65.00 [-65.00, -65.00] AP, loss ({held})" in page
+    assert "(80 % power, two-sided 5 %) takes 3 seeds" in page and "docs/intervals.md" in page
     assert str(lab.root) not in page + (lab.out / "report.json").read_text()
     with Image.open(lab.out / "report.png") as figure:
         assert figure.width == 1500 and figure.height > 500
@@ -70,6 +76,10 @@ def test_arms_and_seeds_can_be_chosen(lab):
     report = json.loads((lab.out / "report.json").read_text())
     assert [arm["name"] for arm in report["arms"]] == ["none", "l2"]
     assert all(arm["seeds"] == [3] and arm["std"]["AP"] is None for arm in report["arms"])
+    assert report["arms"][1]["delta"]["verdict"] == "no verdict (one seed)"
+    assert report["arms"][1]["delta"]["method"] == "test images only" and report["power"] is None
+    page = (lab.out / "report.md").read_text()
+    assert "over test images only" in page and "no verdict (one seed)" in page
     starts = {call["run"].rsplit("-", 1)[0] for call in lab.calls()}
     assert starts == {"teacher", "none-seed3", "l2-seed3"}
 
