@@ -117,8 +117,12 @@ def _apply_overrides(cfg: CfgNode, opts: Sequence[Any]) -> None:
         )
     keys = list(opts[0::2])
     _refuse_unknown_keys(keys, cfg, "the command line")
+    # yacs would refuse a whole number where a float stands; None is no number (a WEIGHT not given).
     floats = {key for key, value in _leaves(cfg).items() if isinstance(value, float)}
-    words = [float(v) if k in floats else v for k, v in zip(keys, opts[1::2], strict=True)]
+    words = [
+        float(v) if k in floats and v not in (None, "None") else v
+        for k, v in zip(keys, opts[1::2], strict=True)
+    ]
     cfg.merge_from_list([word for pair in zip(keys, words, strict=True) for word in pair])
     for key in ("CONFIG_FILE", "WEIGHTS"):
         if f"KD.TEACHER.{key}" in keys:

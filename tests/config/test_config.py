@@ -366,3 +366,12 @@ class TestStudent:
         assert plain.MODEL.META_ARCHITECTURE == "RetinaNet"
         assert plain.INPUT == cfg.INPUT
         assert "KD" not in plain
+
+
+def test_a_given_weight_is_taken_back_by_none(write: Write) -> None:
+    path = write({"KD": {"SSIM": {"WEIGHT": 4}}})
+    assert load_config(path).KD.SSIM.WEIGHT == 4
+    for none in (None, "None"):
+        assert load_config(path, ["KD.SSIM.WEIGHT", none]).KD.SSIM.WEIGHT is None
+    child = write({"_BASE_": path, "KD": {"SSIM": {"WEIGHT": None}}}, "child.yaml")
+    assert load_config(child).KD.SSIM.WEIGHT is None
