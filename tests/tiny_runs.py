@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import yaml
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
@@ -147,10 +146,6 @@ def register_data(folder: Path) -> dict[str, str]:
     """Make the data that all tiny configs train on, and register it."""
     entry = make_data(folder)
     register_from_config([entry])
-    metadata = MetadataCatalog.get(DATA)
-    metadata.keypoint_names = _KEYPOINTS
-    metadata.keypoint_flip_map = [("left", "right")]
-    metadata.keypoint_connection_rules = []
     return entry
 
 

@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from kd_det.data.coco_checks import check_coco
+from kd_det.data.keypoints import keypoint_metadata
 from kd_det.data.scene import CLASSES
 from kd_det.data.shapes import KEYPOINT_FLIP_MAP, KEYPOINTS, make_shapes, shapes_json
 from kd_det.files import cache_root
@@ -133,6 +134,9 @@ def _load(name: str) -> list[dict[str, Any]]:
     check_dataset(name)
     metadata = MetadataCatalog.get(name)
     records: list[dict[str, Any]] = load_coco_json(metadata.json_file, metadata.image_root, name)
+    annotated = any("keypoints" in item for record in records for item in record["annotations"])
+    if annotated and metadata.get("keypoint_names") is None:
+        metadata.set(**keypoint_metadata(Path(metadata.json_file)))
     return records
 
 

@@ -238,14 +238,13 @@ def register_builtin_crowd() -> None:
     cache = cache_root() / _TINY_FOLDER
     root = Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser() / "crowdhuman"
     for split in ("train", "val"):
-        if f"crowdhuman_{split}" in DatasetCatalog:
-            continue
         odgt_file, image_root = root / f"annotation_{split}.odgt", root / "Images"
-        DatasetCatalog.register(
-            f"crowdhuman_{split}", functools.partial(_load_official, odgt_file, image_root)
-        )
-        _describe(f"crowdhuman_{split}").set(odgt_file=str(odgt_file), image_root=str(image_root))
-        DatasetCatalog.register(
-            f"crowd_tiny_{split}", functools.partial(_load_tiny, cache / split, split)
-        )
-        _describe(f"crowd_tiny_{split}")
+        official, tiny = f"crowdhuman_{split}", f"crowd_tiny_{split}"
+        # Each by itself: whoever registered one of them does not have the other.
+        if official not in DatasetCatalog:
+            load = functools.partial(_load_official, odgt_file, image_root)
+            DatasetCatalog.register(official, load)
+            _describe(official).set(odgt_file=str(odgt_file), image_root=str(image_root))
+        if tiny not in DatasetCatalog:
+            DatasetCatalog.register(tiny, functools.partial(_load_tiny, cache / split, split))
+            _describe(tiny)

@@ -276,3 +276,23 @@ def test_tiny_crowd_is_made_once_in_the_cache_of_its_registration(tmp_path, monk
         monkeypatch.setattr(crowdhuman, "make_synthetic_crowd", refuse)
         assert DatasetCatalog.get("crowd_tiny_val") == dataset
         assert MetadataCatalog.get("crowd_tiny_val").evaluator_type == "crowdhuman"
+
+
+def test_somebody_elses_crowdhuman_leaves_the_synthetic_crowd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("crowdhuman_train", "crowd_tiny_train")
+    kept = {name: DatasetCatalog.pop(name) for name in names}
+    metadata = {name: MetadataCatalog.pop(name) for name in names}
+    try:
+        DatasetCatalog.register("crowdhuman_train", lambda: [{"theirs": True}])
+        register_builtin_crowd()
+        assert DatasetCatalog.get("crowdhuman_train") == [{"theirs": True}]
+        assert "crowd_tiny_train" in DatasetCatalog
+    finally:
+        for name in names:
+            if name in DatasetCatalog:
+                DatasetCatalog.remove(name)
+                MetadataCatalog.pop(name, None)
+            DatasetCatalog.register(name, kept[name])
+            MetadataCatalog[name] = metadata[name]
