@@ -32,7 +32,7 @@ from kd_det.evaluation.difference import Difference, mean_difference
 from kd_det.evaluation.power import power_summary
 from kd_det.evaluation.verdict import judge
 from kd_det.experiments import figure
-from kd_det.experiments.report import markdown
+from kd_det.experiments.pages import markdown
 from kd_det.files import write_json
 
 RESAMPLES = 1000  # of the earlier bootstrap

@@ -30,8 +30,8 @@ def run(args: argparse.Namespace, argv: Sequence[str], runner: Sequence[str] | N
     """
     from kd_det.experiments.compare import Comparison
     from kd_det.experiments.environment import shown_command
+    from kd_det.experiments.pages import comparison_lines, pull_table, table
     from kd_det.experiments.recipe import RecipeError
-    from kd_det.experiments.report import comparison_lines, table
     from kd_det.experiments.runs import RunFailed
 
     try:
@@ -50,6 +50,8 @@ def run(args: argparse.Namespace, argv: Sequence[str], runner: Sequence[str] | N
     print(table(report, "simple"))
     for line in comparison_lines(report):
         print(line)
+    if pulls := pull_table(report, "simple"):
+        print(f"\n{pulls}")
     print(f"\nReport: {', '.join(str(path) for path in comparison.pages)}")
     return 0
 

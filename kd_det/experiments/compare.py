@@ -13,10 +13,11 @@ import torch
 
 from kd_det.experiments.figure import draw_report
 from kd_det.experiments.ground_truth import GroundTruth, check_test_set, load_ground_truth
+from kd_det.experiments.pages import markdown
 from kd_det.experiments.plan import Plan, Run, make_plan
 from kd_det.experiments.progress import Display
 from kd_det.experiments.recipe import Recipe, RecipeError, read_recipe
-from kd_det.experiments.report import Outcome, build_report, markdown, read_detections
+from kd_det.experiments.report import Outcome, build_report, read_detections
 from kd_det.experiments.runs import RunFailed, cores, execute, read_result
 from kd_det.files import read_json, write_json, write_text, write_whole
 

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from kd_det.experiments.ground_truth import GroundTruth
-from kd_det.experiments.report import interval
+from kd_det.experiments.pages import interval
 
 _SCORE = 0.4  # detections above it are drawn
 _IMAGES = 2

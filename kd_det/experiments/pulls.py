@@ -1,0 +1,88 @@
+"""How hard each distiller of an arm pulled on its students, from what their runs logged."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+# What is logged of each distiller, as kd/<distiller>/<quantity>.
+QUANTITIES = {"share": "grad_share", "cosine": "cosine", "weight": "weight"}
+
+# Per iteration, the value.
+Curve = dict[int, float]
+
+
+def read_curves(folder: Path) -> dict[str, dict[str, Curve]]:
+    """
+    Read a run's metrics.json.
+
+    Args:
+        folder: of the run; a run without distillation, or without the file, has no curves.
+
+    Returns:
+        Per distiller (its name in loss keys) and quantity of `QUANTITIES`, the logged values.
+    """
+    curves: dict[str, dict[str, Curve]] = {}
+    path = folder / "metrics.json"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a run that was killed leaves half a line
+        for key, value in record.items():
+            prefix, _, rest = key.partition("/")
+            name, _, logged = rest.rpartition("/")
+            quantity = next((q for q, word in QUANTITIES.items() if word == logged), None)
+            if prefix == "kd" and quantity and "iteration" in record:
+                own = curves.setdefault(name, {}).setdefault(quantity, {})
+                own[int(record["iteration"])] = float(value)
+    return curves
+
+
+def summarize(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """
+    Bring the curves of an arm's seeds together.
+
+    Returns:
+        Per distiller and quantity: `first`, `middle` and `last` (medians over the seeds), and
+        `curve`, [iteration, median over the seeds] pairs.
+    """
+    runs = [read_curves(folder) for folder in folders]
+    out: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for run in runs for name in run):
+        out[name] = {
+            quantity: _summary(
+                [run[name][quantity] for run in runs if quantity in run.get(name, {})]
+            )
+            for quantity in QUANTITIES
+            if any(quantity in run.get(name, {}) for run in runs)
+        }
+    return out
+
+
+def _summary(curves: Sequence[Curve]) -> dict[str, Any]:
+    iterations = sorted({i for curve in curves for i in curve})
+    curve = [[i, median(c[i] for c in curves if i in c)] for i in iterations]
+    return {
+        "first": median(c[min(c)] for c in curves),
+        "middle": median(median(c.values()) for c in curves),
+        "last": median(c[max(c)] for c in curves),
+        "curve": curve,
+    }
+
+
+def rows(arms: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a line per arm and distiller: label, distiller, share, cosine, weight."""
+    return [
+        [arm["label"], name, *(_course(found.get(quantity)) for quantity in QUANTITIES)]
+        for arm in arms
+        for name, found in (arm.get("pull") or {}).items()
+    ]
+
+
+def _course(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return "-"
+    return " → ".join(f"{summary[part]:.2g}" for part in ("first", "middle", "last"))

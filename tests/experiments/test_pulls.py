@@ -1,0 +1,46 @@
+"""How hard distillers pulled, read from the logs of runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kd_det.experiments.pages import pull_table
+from kd_det.experiments.pulls import read_curves, summarize
+
+
+def write(folder: Path, shares: dict[int, float]) -> Path:
+    folder.mkdir()
+    lines = [
+        json.dumps(
+            {"iteration": i, "kd/ssim:head/grad_share": share, "kd/ssim:head/weight": 2, "lr": 0.1}
+        )
+        for i, share in shares.items()
+    ]
+    (folder / "metrics.json").write_text("\n".join([*lines, '{"iteration": 99, "kd/ssim:he']))
+    return folder
+
+
+def test_curves_of_a_killed_run(tmp_path: Path) -> None:
+    curves = read_curves(write(tmp_path / "a", {0: 3.0, 20: 1.0}))
+    assert curves == {"ssim:head": {"share": {0: 3.0, 20: 1.0}, "weight": {0: 2.0, 20: 2.0}}}
+    assert read_curves(tmp_path) == {}
+
+
+def test_medians_over_seeds(tmp_path: Path) -> None:
+    folders = [
+        write(tmp_path / "a", {0: 3.0, 20: 1.0, 40: 0.5}),
+        write(tmp_path / "b", {0: 5.0, 20: 2.0, 40: 0.7}),
+        tmp_path,
+    ]
+    found = summarize(folders)["ssim:head"]["share"]
+    assert [found[part] for part in ("first", "middle", "last")] == pytest.approx([4.0, 1.5, 0.6])
+    assert found["curve"] == [[0, 4.0], [20, 1.5], [40, 0.6]]
+
+
+def test_table(tmp_path: Path) -> None:
+    pull = summarize([write(tmp_path / "a", {0: 3.0, 20: 1.0})])
+    arms = [{"label": "alone", "pull": {}}, {"label": "SSIM", "pull": pull}]
+    text = pull_table({"arms": arms}, "github")
+    assert "| SSIM | ssim:head" in text and "3 → 2 → 1" in text and "2 → 2 → 2" in text
+    assert pull_table({"arms": arms[:1]}, "github") == ""
