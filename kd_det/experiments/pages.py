@@ -113,8 +113,8 @@ def _pull_lines(report: Mapping[str, Any]) -> list[str]:
     return [
         pulls,
         "",
-        "Gradient share: norm of a distiller's gradient at the student's captured features over that "
-        "of the detection losses; cosine: of the angle between both. First, median and last "
+        "Gradient share: norm of a distiller's gradient at the student's captured features over "
+        "that of the detection losses; cosine: of the angle between both. First, median and last "
         "measurement, median over the seeds.",
         "",
     ]
