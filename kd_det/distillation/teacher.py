@@ -160,6 +160,8 @@ def build_teacher(cfg: CfgNode, *, check_classes: bool) -> Teacher:
     if check_classes:
         check_same_classes(cfg, own_cfg)
     flip = other_channel_order(cfg.INPUT.FORMAT, own_cfg.INPUT.FORMAT)
+    # Every tensor comes from the checkpoint: nothing to download, no package to install.
+    plain.MODEL.TIMM.PRETRAINED, plain.MODEL.TIMM.WEIGHTS = False, ""
     model = build_model(plain)
     path = load_strictly(model, weights, ignore=cfg.KD.TEACHER.IGNORE_KEYS)
     # A teacher that was itself trained on a reduced view keeps looking at one.
