@@ -42,6 +42,9 @@ def _add_training(cfg: CfgNode) -> None:
     """Keys of the trainer and the evaluator that Detectron2 itself lacks."""
     # "SGD" (Detectron2's own builder, honours every SOLVER key) or "AdamW" (no momentum keys).
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Learning rate of the net below the pyramid over BASE_LR, with AdamW: below 1 where that net
+    # starts from ImageNet and the rest from random weights.
+    cfg.SOLVER.BOTTOM_UP_LR_FACTOR = 1.0
     # Library that computes COCO metrics: "pycocotools", "faster_coco_eval" (same numbers, several
     # times faster, extra `kd_det[eval]`), or "auto": the faster one where it is installed.
     cfg.TEST.COCO_BACKEND = "auto"

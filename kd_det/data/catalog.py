@@ -29,22 +29,23 @@ SHAPES = {
     "shapes_tiny_train": ("tiny_train", 16),
     "shapes_tiny_val": ("tiny_val", 8),
 }
+# Photographs for training, for choosing, and for reporting: see datasets/aquarium256/README.md.
+AQUARIUM = Path(__file__).resolve().parents[2] / "datasets" / "aquarium256"
 _KEYS = ("name", "json", "images")
 _BONE_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167))
 
 
 def register_builtin() -> None:
     """
-    Register shapes_, shapes_tiny_ and aquarium_ with train and val each. Safe to call again.
+    Register shapes_, shapes_tiny_ and aquarium_ with train and val each, and aquarium_test.
 
-    The shapes are drawn when they are first asked for, under the `cache_root` of now. The aquarium
-    photographs are expected under `$DETECTRON2_DATASETS/aquarium` (`datasets/aquarium` where that
-    variable is not set).
+    Safe to call again. The shapes are drawn when they are first asked for, under the `cache_root`
+    of now; the aquarium photographs are those of the checkout that this file is in.
     """
     for name, (split, num_images) in SHAPES.items():
         if name not in DatasetCatalog:
             _register_shapes(name, split=split, num_images=num_images)
-    for split in ("train", "val"):
+    for split in ("train", "val", "test"):
         if f"aquarium_{split}" not in DatasetCatalog:
             _register_aquarium(f"aquarium_{split}", split)
 
@@ -163,17 +164,15 @@ def _register_shapes(name: str, *, split: str, num_images: int) -> None:
 
 
 def _register_aquarium(name: str, split: str) -> None:
-    root = Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser() / "aquarium"
-    json_file = root / "annotations" / f"instances_{split}.json"
+    json_file = AQUARIUM / "annotations" / f"{split}.json"
 
     def load() -> list[dict[str, Any]]:
         if not json_file.is_file():
             raise FileNotFoundError(
-                f"data set {name!r} needs {json_file.absolute()}, which is not there; set the "
-                "environment variable DETECTRON2_DATASETS to the folder that holds aquarium/ "
-                "before kd_det is imported"
+                f"data set {name!r} needs {json_file}, which comes with a checkout of kd_det and "
+                "not with an installed package: run from a checkout (`pip install -e .`), or "
+                "name its files in KD.DATASETS under another name"
             )
         return _load(name)
 
-    paths = {"json_file": str(json_file), "image_root": str(root / "images")}
-    _register(name, paths, load)
+    _register(name, {"json_file": str(json_file), "image_root": str(AQUARIUM / "images")}, load)

@@ -158,6 +158,8 @@ def build_teacher(cfg: CfgNode, *, same_classes_as: nn.Module | None = None) -> 
         )
     plain = student_cfg(own_cfg)
     flip = other_channel_order(cfg.INPUT.FORMAT, own_cfg.INPUT.FORMAT)
+    # Every tensor comes from the checkpoint: nothing to download, no package to install.
+    plain.MODEL.TIMM.PRETRAINED, plain.MODEL.TIMM.WEIGHTS = False, ""
     model = build_model(plain)
     if same_classes_as is not None:
         check_same_classes(same_classes_as, model, cfg, own_cfg)

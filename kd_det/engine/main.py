@@ -124,6 +124,8 @@ def evaluate(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, last:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.KD.DISTILLERS, cfg.KD.INHERIT = [], []
+    # Every tensor comes from the checkpoint: nothing to download, no package to install.
+    cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
     model = trainer.build_model(cfg)
     checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR)
     weights = cfg.MODEL.WEIGHTS

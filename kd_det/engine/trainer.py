@@ -31,6 +31,7 @@ from kd_det.distillation import DistillationDetector
 from kd_det.distillation.classes import class_count
 from kd_det.engine.launch import distribute
 from kd_det.engine.loop import TrainingLoop
+from kd_det.engine.optimizer import slow_bottom_up
 from kd_det.engine.run_files import ProgressFile, RunResult
 from kd_det.evaluation.build import build_evaluator
 
@@ -89,13 +90,20 @@ class DistillationTrainer(DefaultTrainer):
         Build the optimizer that SOLVER.OPTIMIZER names.
 
         Raises:
-            ValueError: the name is neither "SGD" nor "AdamW".
+            ValueError: the name is neither "SGD" nor "AdamW", or SOLVER.BOTTOM_UP_LR_FACTOR is not
+                1 with SGD, or with a model without such a net.
         """
         if clip_norm(cfg) is not None:
             cfg = cfg.clone()
             cfg.defrost()
             cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False  # the loop does it, over all parameters
+        factor = cfg.SOLVER.BOTTOM_UP_LR_FACTOR
         if cfg.SOLVER.OPTIMIZER == "SGD":
+            if factor != 1:
+                raise ValueError(
+                    f"SOLVER.BOTTOM_UP_LR_FACTOR is {factor}, which SGD does not know; set it to "
+                    "1, or SOLVER.OPTIMIZER to AdamW."
+                )
             return build_optimizer(cfg, model)
         if cfg.SOLVER.OPTIMIZER != "AdamW":
             raise ValueError(
@@ -104,6 +112,8 @@ class DistillationTrainer(DefaultTrainer):
         parameters = get_default_optimizer_params(
             model, base_lr=cfg.SOLVER.BASE_LR, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM
         )
+        if factor != 1:
+            parameters = slow_bottom_up(parameters, model, factor)
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
         return adamw(parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 

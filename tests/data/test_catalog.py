@@ -22,7 +22,7 @@ from kd_det.data.catalog import (
 from kd_det.data.mapper import CheckedDatasetMapper
 from kd_det.data.scene import CLASSES
 
-BUILTIN = [*SHAPES, "aquarium_train", "aquarium_val"]
+BUILTIN = [*SHAPES, "aquarium_train", "aquarium_val", "aquarium_test"]
 Edit = Callable[[dict[str, Any]], object]
 
 
@@ -39,7 +39,7 @@ def builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     forget(BUILTIN)
     with monkeypatch.context() as patch:
         patch.setenv("KD_DET_CACHE", str(tmp_path / "cache"))
-        patch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+        patch.setattr("kd_det.data.catalog.AQUARIUM", tmp_path / "aquarium256")
         register_builtin()
     yield tmp_path
     forget(BUILTIN)
@@ -112,15 +112,15 @@ class TestShapes:
 
 
 class TestAquarium:
-    def test_absence_names_the_variable(self, builtin: Path) -> None:
-        with pytest.raises(FileNotFoundError, match="variable DETECTRON2_DATASETS"):
+    def test_absence_says_where_it_comes_from(self, builtin: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"val\.json, which comes with a checkout"):
             DatasetCatalog.get("aquarium_val")
 
     def test_it_loads_from_the_folder(self, builtin: Path) -> None:
-        root = builtin / "datasets" / "aquarium"
+        root = builtin / "aquarium256"
         json_file, _ = write_coco(root)
         (root / "annotations").mkdir()
-        json_file.rename(root / "annotations" / "instances_val.json")
+        json_file.rename(root / "annotations" / "val.json")
         assert len(DatasetCatalog.get("aquarium_val")) == 2
         assert MetadataCatalog.get("aquarium_val").thing_classes == ["fox", "owl"]
 

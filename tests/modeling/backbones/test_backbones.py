@@ -168,6 +168,30 @@ def test_timm_backbone_under_the_fpn() -> None:
     assert all(key.startswith("body.") for key in backbone.bottom_up.state_dict())
 
 
+@pytest.mark.parametrize("freeze_bn", [False, True])
+def test_timm_backbone_freezes_as_told(freeze_bn: bool) -> None:
+    """FREEZE_AT 2 stops stem and res2, weights and statistics; FREEZE_BN all statistics."""
+    opts = ["MODEL.FPN.BOTTOM_UP", "timm", "MODEL.BACKBONE.FREEZE_AT", 2]
+    net = make_backbone(*opts, "MODEL.TIMM.FREEZE_BN", freeze_bn).bottom_up.train()
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+    stem = ("body.conv_stem.", "body.bn1.", "body.blocks.0.", "body.blocks.1.")
+    assert frozen == {name for name, _ in net.named_parameters() if name.startswith(stem)}
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    net(torch.rand(2, 3, 64, 64))["res5"].sum().backward()
+    moved = {name for name, value in net.named_buffers() if not torch.equal(value, before[name])}
+    expected = set() if freeze_bn else {name for name in before if not name.startswith(stem)}
+    assert moved == expected
+    # Scale and shift train on.
+    assert net.body.blocks[3][0].bn1.weight.grad is not None
+
+
+def test_freezing_a_net_whose_level_ends_in_an_activation() -> None:
+    opts = ["MODEL.FPN.BOTTOM_UP", "timm", "MODEL.TIMM.NAME", "resnet18"]
+    net = make_backbone(*opts, "MODEL.BACKBONE.FREEZE_AT", 1).bottom_up
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+    assert frozen == {"body.conv1.weight", "body.bn1.weight", "body.bn1.bias"}
+
+
 def test_missing_timm_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match="pip install 'timm"):
@@ -187,7 +211,10 @@ def test_missing_timm_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) 
             ["MODEL.FPN.BOTTOM_UP", "timm", "MODEL.TIMM.OUT_FEATURES", ["res6"]],
             r"names \['res6'\], but mobilenetv2_100 has .*res5",
         ),
-        (["MODEL.FPN.BOTTOM_UP", "timm", "MODEL.BACKBONE.FREEZE_AT", 2], "FREEZE_AT is 2"),
+        (
+            ["MODEL.FPN.BOTTOM_UP", "timm", "MODEL.BACKBONE.FREEZE_AT", 6],
+            r"FREEZE_AT is 6, but the timm model has no level of stride 64, only of \[2, 4, 8, 16",
+        ),
     ],
 )
 def test_wrong_values_are_refused(opts: list[Any], message: str) -> None:
