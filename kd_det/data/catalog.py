@@ -15,17 +15,20 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from kd_det.data.coco_checks import check_coco
-from kd_det.data.scene import CLASSES
 from kd_det.data.shapes import KEYPOINT_FLIP_MAP, KEYPOINTS, make_shapes, shapes_json
+from kd_det.data.styles import V1, V2, Style
 
 StrPath = str | os.PathLike[str]
 
-# Name: split and number of images. Splits share no image.
-SHAPES = {
-    "shapes_train": ("train", 2000),
-    "shapes_val": ("val", 400),
-    "shapes_tiny_train": ("tiny_train", 16),
-    "shapes_tiny_val": ("tiny_val", 8),
+# Name: version, split and number of images. Splits share no image.
+SHAPES: dict[str, tuple[Style, str, int]] = {
+    "shapes_train": (V1, "train", 2000),
+    "shapes_val": (V1, "val", 400),
+    "shapes_tiny_train": (V1, "tiny_train", 16),
+    "shapes_tiny_val": (V1, "tiny_val", 8),
+    "shapes2_train": (V2, "train", 2000),
+    "shapes2_val": (V2, "val", 400),
+    "shapes2_test": (V2, "test", 600),
 }
 _KEYS = ("name", "json", "images")
 _BONE_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167))
@@ -38,14 +41,14 @@ def cache_dir() -> Path:
 
 def register_builtin() -> None:
     """
-    Register shapes_, shapes_tiny_ and aquarium_ with train and val each. Safe to call again.
+    Register the built-in sets: SHAPES, and aquarium_train and aquarium_val. Safe to call again.
 
     The shapes are drawn when they are first asked for. The aquarium photographs are expected under
     `$DETECTRON2_DATASETS/aquarium` (`datasets/aquarium` where that variable is not set).
     """
-    for name, (split, num_images) in SHAPES.items():
+    for name, (style, split, num_images) in SHAPES.items():
         if name not in DatasetCatalog:
-            _register_shapes(name, split=split, num_images=num_images)
+            _register_shapes(name, style=style, split=split, num_images=num_images)
     for split in ("train", "val"):
         if f"aquarium_{split}" not in DatasetCatalog:
             _register_aquarium(f"aquarium_{split}", split)
@@ -139,12 +142,13 @@ def _load(name: str) -> list[dict[str, Any]]:
     return records
 
 
-def _register_shapes(name: str, *, split: str, num_images: int) -> None:
+def _register_shapes(name: str, *, style: Style, split: str, num_images: int) -> None:
     root = cache_dir()
-    json_file = shapes_json(root, split=split, num_images=num_images)
+    size = style.size
+    json_file = shapes_json(root, split=split, num_images=num_images, size=size, style=style)
 
     def load() -> list[dict[str, Any]]:
-        make_shapes(root, split=split, num_images=num_images)
+        make_shapes(root, split=split, num_images=num_images, size=size, style=style)
         return _load(name)
 
     # All known before the first image is drawn: an evaluator or a mapper may be built before that.
@@ -152,8 +156,8 @@ def _register_shapes(name: str, *, split: str, num_images: int) -> None:
     metadata = {
         "json_file": str(json_file),
         "image_root": str(json_file.parent / "images"),
-        "thing_classes": list(CLASSES),
-        "thing_dataset_id_to_contiguous_id": {i + 1: i for i in range(len(CLASSES))},
+        "thing_classes": list(style.classes),
+        "thing_dataset_id_to_contiguous_id": {i + 1: i for i in range(len(style.classes))},
         "keypoint_names": list(KEYPOINTS),
         "keypoint_flip_map": list(KEYPOINT_FLIP_MAP),
         "keypoint_connection_rules": [*bones, (KEYPOINTS[3], KEYPOINTS[0], _BONE_COLOURS[3])],
