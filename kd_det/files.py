@@ -1,5 +1,6 @@
-"""JSON files that are whole at any moment and hold nothing JSON does not know."""
+"""JSON files that are whole at any moment and hold nothing JSON does not know; and digests."""
 
+import hashlib
 import json
 import math
 import os
@@ -28,6 +29,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(_without_nan(content), indent=2, allow_nan=False)
     draft.write_text(text + "\n", encoding="utf-8")
     os.replace(draft, path)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _without_nan(value: Any) -> Any:

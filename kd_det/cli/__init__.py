@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "compare": "train what a recipe names and report what each arm gains, with intervals",
+    "zoo": "list the teachers that ship, by the address that configs give them",
     "show": "draw what a distiller looks at",
     "bench": "measure speed and memory side by side with other implementations",
 }

@@ -6,7 +6,6 @@ bucket and no `.train()`.
 """
 
 import fnmatch
-import hashlib
 import itertools
 import json
 import logging
@@ -27,6 +26,7 @@ from kd_det.compat import safe_numpy_load
 from kd_det.config import is_distillation, load_config, student_cfg
 from kd_det.distillation.capture import Captures, FeatureCapture
 from kd_det.distillation.views import View
+from kd_det.files import sha256_of
 
 _logger = logging.getLogger(__name__)
 _PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -257,15 +257,6 @@ def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ())
 def _some(keys: Sequence[str], count: int = 12) -> str:
     rest = f", ... and {len(keys) - count} more" if len(keys) > count else ""
     return ", ".join(keys[:count]) + rest
-
-
-def sha256_of(path: str) -> str:
-    """Return the sha256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_same_classes(student: CfgNode, teacher: CfgNode) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 import kd_det
+from kd_det import zoo
 from kd_det.config import changed_settings, is_distillation, load_config
 from kd_det.experiments.recipe import Arm, Recipe, RecipeError
+from kd_det.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -213,13 +215,11 @@ def _hash(cfg: CfgNode, identities: dict[str, str]) -> str:
 
 
 def _file_identity(path: str) -> str:
-    """Return the sha256 of a checkpoint; of a URL, itself."""
+    """Return the sha256 of a checkpoint, also of one that ships; of another URL, itself."""
+    if path.startswith(zoo.PREFIX):
+        return zoo.find(path).sha256
     if "://" in path:
         return path
     if not Path(path).is_file():
         raise RecipeError(f"Teacher weights {path} do not exist (KD.TEACHER.WEIGHTS of an arm).")
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(path)
