@@ -8,9 +8,10 @@ from kd_det import compat
 
 compat.install()
 
-from kd_det import data, distillation, distillers, modeling  # noqa: E402
+from kd_det import data, distillation, distillers, modeling, zoo  # noqa: E402
 
 data.register_builtin()
+zoo.register_handler()
 
 __version__ = "0.1.0"
-__all__ = ["data", "distillation", "distillers", "modeling"]
+__all__ = ["data", "distillation", "distillers", "modeling", "zoo"]

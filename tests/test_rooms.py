@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "kd_det"
 
 # Each room may import those before it. Rooms of one line know nothing of each other.
 TIERS = [
-    ["compat", "files", "text", "weights"],
-    ["functional"],
+    ["compat", "files", "text"],
+    ["functional", "zoo"],
     ["distillers", "modeling", "data", "evaluation"],
     ["config"],
     ["distillation"],

@@ -16,18 +16,21 @@ from detectron2.data.datasets import load_coco_json
 
 from kd_det.data.coco_checks import check_coco
 from kd_det.data.keypoints import keypoint_metadata
-from kd_det.data.scene import CLASSES
 from kd_det.data.shapes import KEYPOINT_FLIP_MAP, KEYPOINTS, make_shapes, shapes_json
+from kd_det.data.styles import V1, V2, Style
 from kd_det.files import cache_root
 
 StrPath = str | os.PathLike[str]
 
-# Name: split and number of images. Splits share no image.
-SHAPES = {
-    "shapes_train": ("train", 2000),
-    "shapes_val": ("val", 400),
-    "shapes_tiny_train": ("tiny_train", 16),
-    "shapes_tiny_val": ("tiny_val", 8),
+# Name: version, split and number of images. Splits share no image.
+SHAPES: dict[str, tuple[Style, str, int]] = {
+    "shapes_train": (V1, "train", 2000),
+    "shapes_val": (V1, "val", 400),
+    "shapes_tiny_train": (V1, "tiny_train", 16),
+    "shapes_tiny_val": (V1, "tiny_val", 8),
+    "shapes2_train": (V2, "train", 2000),
+    "shapes2_val": (V2, "val", 400),
+    "shapes2_test": (V2, "test", 600),
 }
 # Photographs for training, for choosing, and for reporting: see datasets/aquarium256/README.md.
 AQUARIUM = Path(__file__).resolve().parents[2] / "datasets" / "aquarium256"
@@ -37,14 +40,14 @@ _BONE_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167))
 
 def register_builtin() -> None:
     """
-    Register shapes_, shapes_tiny_ and aquarium_ with train and val each, and aquarium_test.
+    Register the built-in sets: SHAPES, and aquarium_train, aquarium_val and aquarium_test.
 
     Safe to call again. The shapes are drawn when they are first asked for, under the `cache_root`
     of now; the aquarium photographs are those of the checkout that this file is in.
     """
-    for name, (split, num_images) in SHAPES.items():
+    for name, (style, split, num_images) in SHAPES.items():
         if name not in DatasetCatalog:
-            _register_shapes(name, split=split, num_images=num_images)
+            _register_shapes(name, style=style, split=split, num_images=num_images)
     for split in ("train", "val", "test"):
         if f"aquarium_{split}" not in DatasetCatalog:
             _register_aquarium(f"aquarium_{split}", split)
@@ -141,12 +144,13 @@ def _load(name: str) -> list[dict[str, Any]]:
     return records
 
 
-def _register_shapes(name: str, *, split: str, num_images: int) -> None:
+def _register_shapes(name: str, *, style: Style, split: str, num_images: int) -> None:
     root = cache_root()
-    json_file = shapes_json(root, split=split, num_images=num_images)
+    size = style.size
+    json_file = shapes_json(root, split=split, num_images=num_images, size=size, style=style)
 
     def load() -> list[dict[str, Any]]:
-        make_shapes(root, split=split, num_images=num_images)
+        make_shapes(root, split=split, num_images=num_images, size=size, style=style)
         return _load(name)
 
     # All known before the first image is drawn: an evaluator or a mapper may be built before that.
@@ -154,8 +158,8 @@ def _register_shapes(name: str, *, split: str, num_images: int) -> None:
     metadata = {
         "json_file": str(json_file),
         "image_root": str(json_file.parent / "images"),
-        "thing_classes": list(CLASSES),
-        "thing_dataset_id_to_contiguous_id": {i + 1: i for i in range(len(CLASSES))},
+        "thing_classes": list(style.classes),
+        "thing_dataset_id_to_contiguous_id": {i + 1: i for i in range(len(style.classes))},
         "keypoint_names": list(KEYPOINTS),
         "keypoint_flip_map": list(KEYPOINT_FLIP_MAP),
         "keypoint_connection_rules": [*bones, (KEYPOINTS[3], KEYPOINTS[0], _BONE_COLOURS[3])],

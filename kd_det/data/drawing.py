@@ -42,13 +42,16 @@ def _cross(arm: float) -> Points:
     return np.concatenate([end @ turn for turn in turns])
 
 
-def outline(form: str, rng: np.random.Generator) -> Points:
+def outline(
+    form: str, rng: np.random.Generator, turn: tuple[float, float] = (0, 2 * np.pi)
+) -> Points:
     """
     Draw a random outline of a form, up to position and size.
 
     Args:
         form: "disc", "ring", "triangle", "square", "star" or "cross".
-        rng: source of the proportions, the stretch (up to 1.4) and the rotation (any angle).
+        rng: source of the proportions, the stretch (up to 1.4) and the rotation.
+        turn: range of the rotation in radians.
 
     Returns:
         Closed polygon around the origin, (P, 2), the longer side of its bounding box being 1.
@@ -68,7 +71,7 @@ def outline(form: str, rng: np.random.Generator) -> Points:
     else:
         raise ValueError(f"unknown form {form!r}")
     points = points * (1.0, rng.uniform(0.72, 1.0))
-    angle = rng.uniform(0, 2 * np.pi)
+    angle = rng.uniform(*turn)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = points @ rotation.T
     low, high = points.min(0), points.max(0)

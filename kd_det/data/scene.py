@@ -1,11 +1,7 @@
 """
 One image of the built-in shapes set: what stands where, what hides what, and how it is lit.
-
-A class is decided by shape ("star"), or by shape and texture together ("disc" against
-"striped_disc"), never by colour.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -24,27 +20,11 @@ from kd_det.data.drawing import (
     stroke,
     texture,
 )
-
-_ALL = ("plain", "gradient", "striped", "dotted")
-# Class: form and the textures it may wear.
-_CLASSES: dict[str, tuple[str, Sequence[str]]] = {
-    "disc": ("disc", ("plain", "gradient", "dotted")),
-    "striped_disc": ("disc", ("striped",)),
-    "ring": ("ring", _ALL),
-    "triangle": ("triangle", _ALL),
-    "square": ("square", ("plain", "gradient", "striped")),
-    "dotted_square": ("square", ("dotted",)),
-    "star": ("star", _ALL),
-    "cross": ("cross", _ALL),
-}
-CLASSES = tuple(_CLASSES)
-_SMALLEST = 8.0  # longer side in pixels
-_SMALLEST_TEXTURED = 16.0  # where the texture decides the class, it has to be visible
-_LEAST_VISIBLE = 0.4  # of the part inside the image; what would hide an object further is not drawn
+from kd_det.data.styles import Style
 
 
 class DrawnObject(NamedTuple):
-    """An object as drawn: its place in CLASSES and its outline."""
+    """An object as drawn: its place among the classes and its outline."""
 
     category: int
     outline: Points  # (P, 2) pixels, may leave the image
@@ -54,11 +34,11 @@ class DrawnObject(NamedTuple):
 class Scene:
     """One image in the making: its pixels, and which object is on top at every pixel."""
 
-    def __init__(self, width: int, height: int, rng: np.random.Generator) -> None:
-        self.width, self.height, self.rng = width, height, rng
+    def __init__(self, width: int, height: int, rng: np.random.Generator, style: Style) -> None:
+        self.width, self.height, self.rng, self.style = width, height, rng, style
         cells = int(rng.integers(2, 7))
         field = smooth_field(3, cells, width, height, rng)
-        image = rng.uniform(50, 205, 3) + rng.uniform(10, 50) * field
+        image = rng.uniform(50, 205, 3) + rng.uniform(*style.field) * field
         # Muted: pure colours are left to the objects.
         image += 0.35 * (image.mean(2, keepdims=True) - image)
         self.image: Array = image.astype(np.float32)
@@ -92,16 +72,17 @@ class Scene:
         """Draw one object of the given longer side in pixels, or nothing if it finds no place."""
         rng = self.rng
         shape = (self.width, self.height)
-        category = int(rng.integers(len(CLASSES)))
-        form, textures = _CLASSES[CLASSES[category]]
+        classes = self.style.classes
+        category = int(rng.integers(len(classes)))
+        form, textures = self.style.kinds[classes[category]]
         if len(textures) == 1:
-            size = max(size, _SMALLEST_TEXTURED)
-        centred = outline(form, rng) * size
+            size = max(size, self.style.smallest_textured)
+        centred = outline(form, rng, self.style.turn) * size
         for _ in range(6):
             centre = rng.uniform(0.03, 0.97, 2) * shape
             points = centred + centre
             clipped = clip_polygon(points, *shape)
-            if polygon_area(clipped) < 0.6 * polygon_area(points):
+            if polygon_area(clipped) < self.style.least_inside * polygon_area(points):
                 continue
             alpha = coverage(points, *shape)
             if self._claim(alpha > 0.5):
@@ -115,7 +96,7 @@ class Scene:
             return False
         owner = np.where(body, len(self.objects), self.owner)
         visible = np.bincount(owner.ravel() + 1, minlength=len(self.objects) + 2)[1:-1]
-        if (visible < _LEAST_VISIBLE * np.array(self.inside)).any():
+        if (visible < self.style.least_visible * np.array(self.inside)).any():
             return False
         self.owner = owner
         self.inside.append(int(body.sum()))
@@ -130,7 +111,7 @@ class Scene:
             shadow = as_array(cv2.GaussianBlur(shadow, (0, 0), 1 + size / 25))
             self.image *= 1 - 0.35 * (shadow * (1 - alpha))[..., None]
         behind = (alpha[..., None] * self.image).sum((0, 1)) / alpha.sum()
-        first = _colour_away_from(behind, rng.uniform(55, 130), rng)
+        first = _colour_away_from(behind, rng.uniform(*self.style.contrast), rng)
         second = _colour_away_from(first, rng.uniform(70, 140), rng)
         mix = texture(kind, points.mean(0), size, self.width, self.height, rng)[..., None]
         blend(self.image, first + mix * (second - first), alpha)
@@ -143,7 +124,7 @@ class Scene:
         if rng.random() < 0.6:
             image = as_array(cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9)))
         noise = rng.standard_normal(image.shape, dtype=np.float32)
-        return np.clip(image + rng.uniform(2, 10) * noise, 0, 255)
+        return np.clip(image + rng.uniform(*self.style.noise) * noise, 0, 255)
 
 
 def _colour_away_from(colour: Array, distance: float, rng: np.random.Generator) -> Array:
@@ -154,16 +135,16 @@ def _colour_away_from(colour: Array, distance: float, rng: np.random.Generator) 
     return candidates[np.argmin(np.where(gaps >= distance, gaps, 1e3 - gaps))]
 
 
-def compose(width: int, height: int, rng: np.random.Generator) -> Scene:
-    """Draw a whole scene of at most eight objects; sides in pixels."""
-    scene = Scene(width, height, rng)
-    scene.add_clutter(int(rng.integers(3, 8)), thickness=7)
-    largest = 0.85 * min(width, height)
-    count = int(rng.integers(2, 9))
+def compose(width: int, height: int, rng: np.random.Generator, style: Style) -> Scene:
+    """Draw a whole scene; sides in pixels."""
+    scene = Scene(width, height, rng, style)
+    scene.add_clutter(int(rng.integers(*style.clutter)), thickness=7)
+    largest = style.largest * min(width, height)
+    count = int(rng.integers(*style.objects))
     # Log-uniform: as many objects from 8 to 16 pixels as from 40 to 80.
-    sizes = np.exp(rng.uniform(np.log(_SMALLEST), np.log(largest), count))
+    sizes = np.exp(rng.uniform(np.log(style.smallest), np.log(largest), count))
     # Mostly large before small, as small ones in front hide less, with some disorder.
     for size in sizes[np.argsort(-sizes * np.exp(rng.normal(0, 0.5, count)))]:
         scene.add_object(float(size))
-    scene.add_clutter(int(rng.integers(0, 3)), thickness=1.5)
+    scene.add_clutter(int(rng.integers(*style.clutter_in_front)), thickness=1.5)
     return scene

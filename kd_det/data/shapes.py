@@ -1,11 +1,12 @@
 """
-The built-in synthetic detection set: eight kinds of drawn shapes on cluttered, noisy backgrounds.
+The built-in synthetic detection sets: drawn shapes on cluttered, noisy backgrounds.
 
-It is made on this machine at first use, in seconds, so that everything runs without a download.
-Objects have longer sides from 8 pixels to most of the image, overlap, leave the image, and stand
-among strokes and blobs that are no objects. Every object has a box of its full extent, hidden parts
-included, clipped to the image; a polygon of the same extent; and four keypoints, its outermost
-points.
+They are made on this machine at first use, in seconds, so that everything runs without a download.
+Objects differ in size, overlap, leave the image, and stand among strokes and blobs that are no
+objects. Every object has a box of its full extent, hidden parts included, clipped to the image; a
+polygon of the same extent; and four keypoints, its outermost points. There are two versions
+(`styles`): the first has eight classes and is hard for small nets; the second has six upright ones
+and can be learnt in minutes.
 """
 
 import json
@@ -21,24 +22,25 @@ from iopath.common.file_io import file_lock
 from tqdm import tqdm
 
 from kd_det.data.drawing import polygon_area
-from kd_det.data.scene import CLASSES, DrawnObject, compose
-
-# Part of every path and every random seed: raise it whenever a drawn pixel or a number changes.
-VERSION = 1
+from kd_det.data.scene import DrawnObject, compose
+from kd_det.data.styles import V1, Style
 
 KEYPOINTS = ("top", "right", "bottom", "left")
 KEYPOINT_FLIP_MAP = (("left", "right"),)
 _SKELETON = ((1, 2), (2, 3), (3, 4), (4, 1))  # COCO counts keypoints from 1
 
 
-def shapes_json(root: Path, *, split: str, num_images: int, size: int = 128, seed: int = 0) -> Path:
+def shapes_json(
+    root: Path, *, split: str, num_images: int, size: int = 128, seed: int = 0, style: Style = V1
+) -> Path:
     """Return where `make_shapes` with the same arguments writes its annotation file."""
-    return (
-        root / f"shapes-v{VERSION}" / f"{split}-{num_images}x{size}px-{seed}" / "annotations.json"
-    )
+    folder = root / f"shapes-v{style.version}" / f"{split}-{num_images}x{size}px-{seed}"
+    return folder / "annotations.json"
 
 
-def make_shapes(root: Path, *, split: str, num_images: int, size: int = 128, seed: int = 0) -> Path:
+def make_shapes(
+    root: Path, *, split: str, num_images: int, size: int = 128, seed: int = 0, style: Style = V1
+) -> Path:
     """
     Make the set, unless it is there already.
 
@@ -52,11 +54,14 @@ def make_shapes(root: Path, *, split: str, num_images: int, size: int = 128, see
         num_images: how many.
         size: mean side of the images in pixels; each side is drawn from 0.75 to 1.25 times this.
         seed: for another set of the same kind.
+        style: the version of the set: its classes, sizes and difficulty.
 
     Returns:
         Path of the annotation file in COCO format; the images are in `images/` beside it.
     """
-    json_file = shapes_json(root, split=split, num_images=num_images, size=size, seed=seed)
+    json_file = shapes_json(
+        root, split=split, num_images=num_images, size=size, seed=seed, style=style
+    )
     folder = json_file.parent
     if json_file.is_file():
         return json_file
@@ -65,7 +70,9 @@ def make_shapes(root: Path, *, split: str, num_images: int, size: int = 128, see
             scratch = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
             scratch.mkdir()
             try:
-                _write(scratch, split=split, num_images=num_images, size=size, seed=seed)
+                _write(
+                    scratch, split=split, num_images=num_images, size=size, seed=seed, style=style
+                )
                 os.replace(scratch, folder)
             except OSError:
                 # Where locks do not hold (some network file systems), another process may be first.
@@ -76,15 +83,17 @@ def make_shapes(root: Path, *, split: str, num_images: int, size: int = 128, see
     return json_file
 
 
-def _write(folder: Path, *, split: str, num_images: int, size: int, seed: int) -> None:
+def _write(
+    folder: Path, *, split: str, num_images: int, size: int, seed: int, style: Style
+) -> None:
     (folder / "images").mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     numbers = range(num_images)
     for number in tqdm(numbers, f"drawing shapes ({split})", unit="image", delay=2):
-        rng = np.random.default_rng([VERSION, seed, size, number, *split.encode()])
+        rng = np.random.default_rng([style.version, seed, size, number, *split.encode()])
         width, height = (int(v) for v in np.round(rng.uniform(0.75, 1.25, 2) * size))
-        scene = compose(width, height, rng)
+        scene = compose(width, height, rng, style)
         name = f"{number:06d}.jpg"
         quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
         pixels = scene.finish().astype(np.uint8)
@@ -95,7 +104,9 @@ def _write(folder: Path, *, split: str, num_images: int, size: int, seed: int) -
             entry = _annotation(item, index, scene.owner)
             annotations.append({"id": len(annotations) + 1, "image_id": number + 1, **entry})
     shared = {"keypoints": list(KEYPOINTS), "skeleton": [list(bone) for bone in _SKELETON]}
-    categories = [{"id": i, "name": name, **shared} for i, name in enumerate(CLASSES, start=1)]
+    categories = [
+        {"id": i, "name": name, **shared} for i, name in enumerate(style.classes, start=1)
+    ]
     document = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations.json").write_text(json.dumps(document))
 

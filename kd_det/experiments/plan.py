@@ -14,6 +14,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 import kd_det
+from kd_det import zoo
 from kd_det.config import changed_settings, is_distillation, load_config
 from kd_det.experiments.recipe import Arm, Recipe, RecipeError
 from kd_det.files import sha256_of
@@ -122,7 +123,9 @@ class _Planner:
         return self._configs[file, opts].clone()
 
     def _identity(self, weights: str) -> str:
-        """Return the sha256 of a checkpoint, which is read once; of a URL, itself."""
+        """Return the sha256 of a checkpoint, read once or of the zoo; of another URL, itself."""
+        if weights.startswith(zoo.PREFIX):
+            return zoo.find(weights).sha256
         if "://" in weights:
             return weights
         if not Path(weights).is_file():

@@ -38,7 +38,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 def test_help_says_what_each_command_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     shown = " ".join(capsys.readouterr().out.split())
-    assert set(COMMANDS) == {"compare", "show", "bench"}
+    assert set(COMMANDS) == {"compare", "show", "bench", "zoo"}
     assert "compare Train what a recipe names, and report what each arm gains" in shown
     assert "bench Measure speed and memory side by side with other implementations" in shown
 

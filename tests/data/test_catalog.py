@@ -20,7 +20,7 @@ from kd_det.data.catalog import (
     register_from_config,
 )
 from kd_det.data.mapper import CheckedDatasetMapper
-from kd_det.data.scene import CLASSES
+from kd_det.data.styles import V1, V2
 
 BUILTIN = [*SHAPES, "aquarium_train", "aquarium_val", "aquarium_test"]
 Edit = Callable[[dict[str, Any]], object]
@@ -82,7 +82,7 @@ class TestShapes:
     def test_nothing_is_drawn_before_it_is_asked_for(self, builtin: Path) -> None:
         register_builtin()
         metadata = MetadataCatalog.get("shapes_tiny_train")
-        assert metadata.thing_classes == list(CLASSES)
+        assert metadata.thing_classes == list(V1.classes)
         assert metadata.evaluator_type == "coco"
         assert not (builtin / "cache").exists()
         records = get_detection_dataset_dicts(["shapes_tiny_train"], filter_empty=False)
@@ -90,6 +90,12 @@ class TestShapes:
         assert Path(metadata.json_file).is_relative_to(builtin / "cache")
         assert {a["category_id"] for r in records for a in r["annotations"]} <= set(range(8))
         assert all(Path(r["file_name"]).is_file() for r in records)
+
+    def test_the_second_version_has_its_own_classes_and_place(self, builtin: Path) -> None:
+        first, second = (MetadataCatalog.get(f"{name}_val") for name in ("shapes", "shapes2"))
+        assert second.thing_classes == list(V2.classes) != list(V1.classes)
+        assert Path(first.json_file).parts[-3:-1] == ("shapes-v1", "val-400x128px-0")
+        assert Path(second.json_file).parts[-3:-1] == ("shapes-v2", "val-400x96px-0")
 
     def test_flipped_keypoints_swap_left_and_right(self, builtin: Path) -> None:
         indices = create_keypoint_hflip_indices(["shapes_tiny_val", "shapes_tiny_train"])

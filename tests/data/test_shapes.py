@@ -1,5 +1,6 @@
 """The built-in shapes: deterministic, safe to make at the same time, and truthfully annotated."""
 
+import hashlib
 import json
 import os
 import threading
@@ -12,15 +13,20 @@ import pycocotools.mask as mask_util
 import pytest
 
 from kd_det.data import shapes
+from kd_det.data.catalog import SHAPES
 from kd_det.data.drawing import clip_polygon, coverage, outline, polygon_area, texture
-from kd_det.data.scene import CLASSES, compose
+from kd_det.data.scene import compose
 from kd_det.data.shapes import make_shapes, shapes_json
+from kd_det.data.styles import V1, V2, Style
+
+Made = tuple[Path, dict[str, Any], Style]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    json_file = make_shapes(tmp_path_factory.mktemp("shapes"), split="val", num_images=40)
-    return json_file, json.loads(json_file.read_text())
+@pytest.fixture(scope="module", params=[V1, V2], ids=["v1", "v2"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    style, root = request.param, tmp_path_factory.mktemp("shapes")
+    json_file = make_shapes(root, split="val", num_images=40, size=style.size, style=style)
+    return json_file, json.loads(json_file.read_text()), style
 
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
@@ -29,6 +35,34 @@ def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
     )
     for file in ("annotations.json", "images/000002.jpg"):
         assert (first.parent / file).read_bytes() == (second.parent / file).read_bytes()
+
+
+# Committed results rest on these. Of the pixels, means: resampling rounds differently elsewhere.
+DIGESTS = {
+    1: ("a1630301ba312741", [121.73, 83.13, 104.81]),
+    2: ("b90a38a1dea053e6", [118.72, 128.34, 90.98]),
+}
+
+
+@pytest.mark.parametrize("style", [V1, V2], ids=["v1", "v2"])
+def test_the_sets_are_those_of_the_committed_results(tmp_path: Path, style: Style) -> None:
+    json_file = make_shapes(tmp_path, split="val", num_images=3, size=style.size, style=style)
+    digest, means = DIGESTS[style.version]
+    assert hashlib.sha256(json_file.read_bytes()).hexdigest()[:16] == digest
+    found = [
+        cv2.imread(str(file)).mean() for file in sorted((json_file.parent / "images").iterdir())
+    ]
+    assert found == pytest.approx(means, abs=0.05)
+
+
+def test_registered_splits_share_no_image(tmp_path: Path) -> None:
+    """An image depends on version, split and number, so that a set's beginning stands for it."""
+    assert len({(style.version, split) for style, split, _ in SHAPES.values()}) == len(SHAPES)
+    seen: set[bytes] = set()
+    for style, split, _ in SHAPES.values():
+        json_file = make_shapes(tmp_path, split=split, num_images=3, size=style.size, style=style)
+        seen |= {file.read_bytes() for file in (json_file.parent / "images").iterdir()}
+    assert len(seen) == 3 * len(SHAPES)
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"split": "b"}])
@@ -106,8 +140,8 @@ def test_a_crash_leaves_no_half_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not [p for p in json_file.parent.parent.iterdir() if p.name.startswith(".a-")]
 
 
-def test_boxes_areas_and_polygons_agree(made: tuple[Path, dict[str, Any]]) -> None:
-    _, content = made
+def test_boxes_areas_and_polygons_agree(made: Made) -> None:
+    _, content, _ = made
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     assert len(content["annotations"]) > 100
     for annotation in content["annotations"]:
@@ -122,8 +156,8 @@ def test_boxes_areas_and_polygons_agree(made: tuple[Path, dict[str, Any]]) -> No
         assert abs(mask_util.area(rle)[0] - annotation["area"]) < 6 * (w + h) ** 0.5 + 6
 
 
-def test_keypoints_touch_their_sides_of_the_box(made: tuple[Path, dict[str, Any]]) -> None:
-    _, content = made
+def test_keypoints_touch_their_sides_of_the_box(made: Made) -> None:
+    _, content, _ = made
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     seen = {0: 0, 1: 0, 2: 0}
     for annotation in content["annotations"]:
@@ -141,34 +175,41 @@ def test_keypoints_touch_their_sides_of_the_box(made: tuple[Path, dict[str, Any]
     assert min(seen.values()) > 10
 
 
-def test_the_whole_range_of_sizes_and_all_classes(made: tuple[Path, dict[str, Any]]) -> None:
-    _, content = made
+def test_the_whole_range_of_sizes_and_all_classes(made: Made) -> None:
+    _, content, style = made
     longest = np.array([max(a["bbox"][2:]) for a in content["annotations"]])
-    assert longest.min() < 11 and longest.max() > 80
-    assert {a["category_id"] for a in content["annotations"]} == set(range(1, len(CLASSES) + 1))
+    assert longest.min() < 1.4 * style.smallest
+    assert 0.8 * style.largest * style.size < longest.max() <= 1.25 * style.largest * style.size
+    classes = set(style.classes)
+    assert {a["category_id"] for a in content["annotations"]} == set(range(1, len(classes) + 1))
     assert len({(i["width"], i["height"]) for i in content["images"]}) > 20
-    assert {c["name"] for c in content["categories"]} == set(CLASSES)
+    assert {c["name"] for c in content["categories"]} == classes
 
 
-def test_images_have_the_sizes_of_the_annotation_file(made: tuple[Path, dict[str, Any]]) -> None:
-    json_file, content = made
+def test_images_have_the_sizes_of_the_annotation_file(made: Made) -> None:
+    json_file, content, style = made
     for image in content["images"][:5]:
         pixels = cv2.imread(str(json_file.parent / "images" / image["file_name"]))
         assert pixels is not None
         assert pixels.shape == (image["height"], image["width"], 3)
-        assert 96 <= min(pixels.shape[:2]) and max(pixels.shape[:2]) <= 160
+        sides = pixels.shape[:2]
+        assert 0.75 * style.size <= min(sides) and max(sides) <= 1.25 * style.size
 
 
-def test_no_object_is_hidden_too_far() -> None:
+@pytest.mark.parametrize("style", [V1, V2], ids=["v1", "v2"])
+def test_no_object_is_hidden_or_cut_off_too_far(style: Style) -> None:
     overlaps = 0
     for seed in range(40):
-        scene = compose(128, 128, np.random.default_rng(seed))
+        scene = compose(128, 128, np.random.default_rng(seed), style)
+        for item in scene.objects:
+            inside = polygon_area(item.clipped) / polygon_area(item.outline)
+            assert inside >= style.least_inside
         # Recomputed from the outlines, without the scene's own bookkeeping.
         bodies = [coverage(item.outline, 128, 128) > 0.5 for item in scene.objects]
         for i, body in enumerate(bodies):
             above = np.any([np.zeros_like(body), *bodies[i + 1 :]], axis=0)
             visible = (body & ~above).sum() / body.sum()
-            assert visible >= 0.4
+            assert visible >= style.least_visible
             overlaps += visible < 0.95
     assert overlaps > 10
 
