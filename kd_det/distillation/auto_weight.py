@@ -54,11 +54,10 @@ def auto_weights(cfg: CfgNode, distillers: Mapping[str, Distiller]) -> dict[str,
     Raises:
         ValueError: a distiller has a WEIGHT and a SHARE of its own; only one can hold.
     """
-    default = CfgNode()
-    Distiller.add_config(default)
     out = {}
     for name, distiller in distillers.items():
-        node = cfg.KD[node_name(name)]
+        node, default = cfg.KD[node_name(name)], CfgNode()
+        distiller.add_config(default)
         if node.WEIGHT is None:
             paths = ", ".join(sorted({s.student for s in distiller.captures() if s.student}))
             start = min(_START, cfg.SOLVER.MAX_ITER // 100)

@@ -157,7 +157,7 @@ class Distiller(nn.Module):
         # "constant", or "cosine": from the full weight to FINAL_FACTOR of it at SOLVER.MAX_ITER.
         # "auto": cosine where the weight sets itself, constant where a WEIGHT is given.
         node.SCHEDULE.DECAY = "auto"
-        node.SCHEDULE.FINAL_FACTOR = 0.0
+        node.SCHEDULE.FINAL_FACTOR = 0.3
         # First iteration with weight 0; negative: never.
         node.SCHEDULE.STOP_AT = -1
         # Piecewise factors: FACTORS[i] holds from iteration STEPS[i] on; 1 before the first step.

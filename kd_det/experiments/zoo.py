@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
@@ -68,6 +68,7 @@ def add(
             f"{config_file} that has ended."
         )
     register_from_config(cfg.KD.DATASETS)
+    DatasetCatalog.get(cfg.DATASETS.TRAIN[0])  # fills in the names of its classes
     path = export_weights(run / "model_final.pth", name, folder)
     model = build_model(student_cfg(cfg))
     load_strictly(model, str(path))
