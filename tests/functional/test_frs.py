@@ -1,6 +1,7 @@
 """FRS's losses: the specification's vectors, a slow loop, and what must not change them."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -108,13 +109,8 @@ def test_gradients_of_the_image_scope() -> None:
 
 @pytest.mark.parametrize("scope", ["image", "batch"])
 def test_parity_with_the_loop(scope: Scope) -> None:
-    maps, logits = (
-        (random(2, 3, 3, 4), random(2, 3, 3, 4, seed=1)),
-        (
-            2 * random(2, 5, 3, 4, seed=2),
-            3 * random(2, 5, 3, 4, seed=3),
-        ),
-    )
+    maps = random(2, 3, 3, 4), random(2, 3, 3, 4, seed=1)
+    logits = 2 * random(2, 5, 3, 4, seed=2), 3 * random(2, 5, 3, 4, seed=3)
     mask = (random(2, 1, 3, 4, seed=4) > -0.5).double()
     weight = richness(logits[1])
     found = [
@@ -126,7 +122,7 @@ def test_parity_with_the_loop(scope: Scope) -> None:
 
 @pytest.mark.parametrize("loss", [feature_loss, head_loss])
 @pytest.mark.parametrize("scope", ["image", "batch"])
-def test_gradcheck(loss, scope: Scope) -> None:
+def test_gradcheck(loss: Callable[..., Tensor], scope: Scope) -> None:
     student, teacher = random(2, 2, 3, 3).requires_grad_(), random(2, 2, 3, 3, seed=1)
     mask = (random(2, 1, 3, 3, seed=2) > -0.5).double()
     weight = richness(teacher)
@@ -139,7 +135,7 @@ def test_gradcheck(loss, scope: Scope) -> None:
 
 @pytest.mark.parametrize("loss", [feature_loss, head_loss])
 @pytest.mark.parametrize("scope", ["image", "batch"])
-def test_an_empty_mask_gives_zero_on_the_graph(loss, scope: Scope) -> None:
+def test_an_empty_mask_gives_zero_on_the_graph(loss: Callable[..., Tensor], scope: Scope) -> None:
     student = S.clone().requires_grad_()
     value = loss(student, T, W, scope=scope, mask=torch.zeros_like(MASK))
     assert value.item() == 0
