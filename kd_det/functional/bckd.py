@@ -67,7 +67,7 @@ def localization_loss(
 
     Args:
         student, teacher: decoded boxes, (N, R, 4) corners in the same pixels.
-        gap: max_k d, (N, R), see `score_gap`.
+        gap: max_k d, (N, R), see `scores.score_gap`.
         normalizer: N+, at least 1.
         overlap: "giou" (release) or "iou" (paper).
         valid: V, (N, R) in {0, 1}, positions that count; None for all.
@@ -84,21 +84,6 @@ def localization_loss(
     with torch.autocast(student.device.type, enabled=False):
         own, other = at_least_float32(student), at_least_float32(teacher.detach())
         return _sum_of_valid(gap * (1 - measure(own, other)), valid) / normalizer
-
-
-@torch.no_grad()
-def score_gap(student: Tensor, teacher: Tensor) -> Tensor:
-    """
-    Return the largest difference of a position's class probabilities.
-
-    Args:
-        student, teacher: class logits, (N, R, K).
-
-    Returns:
-        max_k |sigmoid(z^T) - sigmoid(z^S)|, (N, R) in [0, 1], float32 at least, no gradient.
-    """
-    gap = at_least_float32(teacher).sigmoid() - at_least_float32(student).sigmoid()
-    return gap.abs().amax(-1)
 
 
 def _sum_of_valid(values: Tensor, valid: Tensor | None) -> Tensor:

@@ -61,12 +61,6 @@ def align_statistics(
         return own.centred * gain + other.mean
 
 
-@torch.no_grad()
-def confidence(logits: Tensor) -> Tensor:
-    """Return w = max_k sigmoid(z^T), (N, R), of class logits (N, R, K); float32 at least."""
-    return at_least_float32(logits.amax(-1)).sigmoid()
-
-
 def box_loss(
     predicted: Tensor,
     teacher: Tensor,
@@ -82,7 +76,7 @@ def box_loss(
     Args:
         predicted: cross-head boxes, (N, R, 4) corners in the same pixels as the next.
         teacher: its own boxes, (N, R, 4).
-        weight: w times V, (N, R), see `confidence`.
+        weight: w times V, (N, R), see `scores.confidence`.
         normalizer: N+, at least 1.
         distance: "giou" for 1 - GIoU, or "log_iou" for -log(IoU) (FCOS).
         eps: smallest IoU that a logarithm is taken of; below it there is no gradient.
@@ -113,7 +107,7 @@ def bin_loss(
     Args:
         predicted: cross-head logits, (N, R, 4, n + 1).
         teacher: its own logits, (N, R, 4, n + 1).
-        weight: w times V, (N, R), see `confidence`.
+        weight: w times V, (N, R), see `scores.confidence`.
         total_weight: the sum of the weights over all levels, averaged over processes; the caller
             keeps it at 1 or more.
 

@@ -13,11 +13,11 @@ from kd_det.functional.crosskd import (
     align_statistics,
     bin_loss,
     box_loss,
-    confidence,
     quality_loss,
 )
 from kd_det.functional.divergence import softmax_divergence
 from kd_det.functional.moments import Scope
+from kd_det.functional.scores import confidence
 
 FS, FT = wave((2, 2, 2, 3), 1, 0.4, 0.1), wave((2, 2, 2, 3), 2, 0.55, 0.7) + 0.5
 WEIGHT, BIAS = wave((2, 2, 3, 3), 0.5, 0.3, 0.2), torch.tensor([-0.4, 0.1], dtype=torch.float64)
