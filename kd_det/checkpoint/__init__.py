@@ -47,6 +47,11 @@ class KDState:
         if isinstance(self._model, DistillationDetector):
             out["adapters"] = _tensors(_adapters(self._model))
             out["distillers"] = _tensors(_distillers(self._model))
+            out["auto_weights"] = {
+                name: active.auto.state_dict()
+                for name, active in self._model.active.items()
+                if active.auto is not None
+            }
             teacher = self._model.teacher
             if teacher is not None and teacher.identity is not None:
                 out["teacher"] = asdict(teacher.identity)
@@ -67,6 +72,10 @@ class KDState:
             return
         _load(_adapters(self._model), state["adapters"])
         _load(_distillers(self._model), state["distillers"])
+        for name, saved in state.get("auto_weights", {}).items():
+            auto = self._model.active[name].auto
+            if auto is not None:
+                auto.load_state_dict(saved)
 
     def _check(self, state: dict[str, Any]) -> None:
         """Compare what a checkpoint was made with to this run, before anything is changed."""

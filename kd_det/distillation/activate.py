@@ -14,6 +14,7 @@ from tabulate import tabulate
 from torch import nn
 
 from kd_det.distillation.active import ActiveDistiller, ResolvedCapture, WeightSchedule
+from kd_det.distillation.auto_weight import AutoWeight
 from kd_det.distillation.capture import CapturePath, FeatureCapture
 from kd_det.distillation.pairing import build_adapters, pair_levels
 from kd_det.distillation.probe import Probe, probe
@@ -46,6 +47,7 @@ def activate(
     view: View,
     distillers: Mapping[str, Distiller],
     schedules: Mapping[str, WeightSchedule],
+    autos: Mapping[str, AutoWeight],
     decode: Callable[[Any], Any],
     resample: bool,
 ) -> tuple[Watch, dict[str, ActiveDistiller]]:
@@ -57,6 +59,7 @@ def activate(
         teacher: the loaded teacher.
         view: the student's view.
         distillers, schedules: by entry of KD.DISTILLERS.
+        autos: the weights that set themselves.
         decode: see `ActiveDistiller`.
         resample: pair levels on different grids too.
 
@@ -87,6 +90,7 @@ def activate(
             name=name,
             distiller=distiller,
             schedule=schedules[name],
+            auto=autos.get(name),
             captures=captures,
             adapters=adapters,
             decode=decode,

@@ -1,15 +1,20 @@
 """One entry of KD.DISTILLERS at work: the distiller, its weight, captures, pairs and adapters."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from kd_det.distillation.auto_weight import AutoWeight
 from kd_det.distillation.batch import Frame
 from kd_det.distillation.capture import CapturePath, Captures
+from kd_det.distillation.gradient_share import Pull, ShareWatch, pull
 from kd_det.distillation.pairing import LevelPair, levels_of
+from kd_det.distillation.schedule import Schedule
 from kd_det.distillers import CaptureSpec, Distiller, Pair, Step, Targets
 
 LossDict = dict[str, Tensor]
@@ -41,7 +46,8 @@ class ActiveDistiller(nn.Module):
     Args:
         name: its entry of KD.DISTILLERS.
         distiller: the technique.
-        schedule: its weight at every iteration.
+        schedule: its weight at every iteration, or the course of a weight that sets itself.
+        auto: the latter, if it does.
         captures: resolved, pyramids paired.
         adapters: per pyramid capture, one module per pair.
         decode: turns the teacher's raw head outputs into `DensePredictions` in the loaded image's
@@ -54,6 +60,7 @@ class ActiveDistiller(nn.Module):
         name: str,
         distiller: Distiller,
         schedule: WeightSchedule,
+        auto: AutoWeight | None,
         captures: list[ResolvedCapture],
         adapters: Mapping[str, nn.ModuleList],
         decode: Callable[[Any], Any],
@@ -62,6 +69,7 @@ class ActiveDistiller(nn.Module):
         self.name = name
         self.distiller = distiller
         self.schedule = schedule
+        self.auto = auto
         self.captures = captures
         self.adapters = nn.ModuleDict(adapters)
         self._decode = decode
@@ -101,12 +109,56 @@ class ActiveDistiller(nn.Module):
             features += [own[pair.student][1] for pair in item.pairs]
         return Step(pairs, predictions, targets, features)
 
-    def losses(self, step: Step, weight: float) -> LossDict:
-        """Return the weighted losses of one step under their keys."""
-        return {
-            loss_key(self.slug, part): value * weight
-            for part, value in self.distiller(step).items()
-        }
+    def is_awake(self, iteration: int) -> bool:
+        """Return whether it distils at this iteration; to be asked once per iteration."""
+        course = self.schedule(iteration)
+        if self.auto is None:
+            return course > 0
+        if isinstance(self.schedule, Schedule) and self.schedule.has_stopped(iteration):
+            self.auto.freeze()
+        return course > 0 and not self.auto.rests()
+
+    def weigh(
+        self, parts: dict[str, Tensor], detection: Tensor, step: Step, watch: ShareWatch
+    ) -> float:
+        """
+        Return the weight in force; measure and log the distiller's pull where that is due.
+
+        Args:
+            parts: the step's loss, unweighted.
+            detection: the sum of the student's own losses.
+            step: what the loss was computed from.
+            watch: when shares are logged.
+        """
+        storage = get_event_storage()
+        iteration = storage.iter
+        calibrating = self.auto is not None and self.auto.calibrating
+        watched = watch.is_due(iteration) or watch.is_new(self.slug)
+        found = None
+        if calibrating or (watched and any(x.requires_grad for x in step.features)):
+            found = pull(torch.stack(list(parts.values())).sum(), detection, step.features)
+        if self.auto is not None and calibrating and found is not None:
+            self.auto.measure(found.ratio)
+        weight = self.schedule(iteration) * (1.0 if self.auto is None else self.auto.weight)
+        storage.put_scalar(f"kd/{self.slug}/weight", weight)
+        if found is not None and watched:
+            self._log(found, weight, watch)
+        return weight
+
+    def _log(self, found: Pull, weight: float, watch: ShareWatch) -> None:
+        storage = get_event_storage()
+        ratio, cosine = torch.stack([found.ratio, found.cosine]).tolist()
+        for key, value in (("grad_share", ratio * weight), ("cosine", cosine)):
+            if math.isfinite(value):
+                storage.put_scalar(f"kd/{self.slug}/{key}", value)
+        if self.auto is None:  # one that sets itself is where it should be
+            # A warm-up or a decay is meant to make the share small.
+            full = self.schedule.weight if isinstance(self.schedule, Schedule) else weight
+            watch.hear(self.slug, ratio * full)
+
+    def losses(self, parts: dict[str, Tensor], weight: float) -> LossDict:
+        """Return the parts of a step's loss, weighted, under their keys."""
+        return {loss_key(self.slug, part): value * weight for part, value in parts.items()}
 
     def idle(self) -> LossDict:
         """

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from kd_det.config import student_cfg
 from kd_det.distillation.activate import activate
 from kd_det.distillation.active import ActiveDistiller, LossDict, WeightSchedule
+from kd_det.distillation.auto_weight import AutoWeight, auto_weights
 from kd_det.distillation.batch import Frame, targets_of
-from kd_det.distillation.gradient_share import GradientShare
+from kd_det.distillation.gradient_share import ShareWatch
 from kd_det.distillation.inherit import inherit
 from kd_det.distillation.schedule import Schedule
 from kd_det.distillation.teacher import Teacher, build_teacher
@@ -67,6 +68,7 @@ class DistillationDetector(nn.Module):
         teacher: Teacher | None = None,
         distillers: Mapping[str, Distiller] | None = None,
         schedules: Mapping[str, WeightSchedule] | None = None,
+        autos: Mapping[str, AutoWeight] | None = None,
         view: View | None = None,
         inherit_patterns: Sequence[str] = (),
         resample_levels: bool = False,
@@ -78,6 +80,7 @@ class DistillationDetector(nn.Module):
             teacher: needed where there are distillers or patterns to inherit.
             distillers: by entry of KD.DISTILLERS.
             schedules: of each distiller, iteration -> weight; 1 where there is none.
+            autos: weights that set themselves; the schedule is their course then.
             view: what the student sees of the loaded image.
             inherit_patterns: see `KD.INHERIT`; applied by `inherit_from_teacher`.
             resample_levels: see `KD.RESAMPLE_LEVELS`.
@@ -96,7 +99,7 @@ class DistillationDetector(nn.Module):
         self.teacher = teacher
         self.view = view or View()
         self.inherit_patterns = tuple(inherit_patterns)
-        self.gradient_share = GradientShare(grad_share_period)
+        self.share_watch = ShareWatch(grad_share_period)
         self.active: Mapping[str, ActiveDistiller] = nn.ModuleDict()  # type: ignore[assignment]
         if teacher is not None:
             _compare_views(self.view, teacher.model)
@@ -108,6 +111,7 @@ class DistillationDetector(nn.Module):
                     view=self.view,
                     distillers=distillers,
                     schedules={name: (schedules or {}).get(name, _one) for name in distillers},
+                    autos=autos or {},
                     decode=_decoder(teacher),
                     resample=resample_levels,
                 )
@@ -138,6 +142,7 @@ class DistillationDetector(nn.Module):
                 key: Schedule.from_config(cfg.KD[node_name(key)], cfg.SOLVER.MAX_ITER)
                 for key in distillers
             },
+            "autos": auto_weights(cfg, distillers),
             "view": View(cfg.KD.STUDENT.VIEW_FACTOR, cfg.KD.STUDENT.VIEW_INTERPOLATION),
             "inherit_patterns": cfg.KD.INHERIT,
             "resample_levels": cfg.KD.RESAMPLE_LEVELS,
@@ -185,13 +190,11 @@ class DistillationDetector(nn.Module):
         if not self.training:
             outputs = self.student(self.view(batched_inputs))
             return self.view.restore(outputs, batched_inputs)
-        storage = get_event_storage()
-        weights = {name: active.schedule(storage.iter) for name, active in self.active.items()}
-        for name, weight in weights.items():
-            storage.put_scalar(f"kd/{self.active[name].slug}/weight", weight)
-        if not any(weights.values()):
+        iteration = get_event_storage().iter
+        awake = [name for name, active in self.active.items() if active.is_awake(iteration)]
+        if not awake:
             return {**self.student(self.view(batched_inputs)), **self._idle(self.active)}
-        return self._distil(batched_inputs, weights, storage.iter)
+        return self._distil(batched_inputs, awake)
 
     def observe(self, batched_inputs: list[dict[str, Any]]) -> Observation:
         """
@@ -231,29 +234,25 @@ class DistillationDetector(nn.Module):
             for item in batched_inputs
         ]
 
-    def _distil(
-        self, batched_inputs: list[dict[str, Any]], weights: dict[str, float], iteration: int
-    ) -> LossDict:
+    def _distil(self, batched_inputs: list[dict[str, Any]], awake: list[str]) -> LossDict:
         seen = self.observe(batched_inputs)
         losses: LossDict = dict(seen.outputs)
-        distilled: dict[str, Tensor] = {}
+        detection = torch.stack([value.float() for value in seen.outputs.values()]).sum()
         for name, active in self.active.items():
-            if not weights[name]:
-                losses.update(active.idle())
+            if name not in awake:
+                losses.update(self._idle({name: active}))
                 continue
-            parts = active.losses(seen.steps[name], weights[name])
-            losses.update(parts)
-            distilled[name] = torch.stack(list(parts.values())).sum()
-        if self.gradient_share.is_due(iteration):
-            self.gradient_share.measure(
-                seen.outputs,
-                {self.active[name].slug: loss for name, loss in distilled.items()},
-                {self.active[name].slug: seen.steps[name].features for name in distilled},
-            )
+            parts = active.distiller(seen.steps[name])
+            weight = active.weigh(parts, detection, seen.steps[name], self.share_watch)
+            losses.update(active.losses(parts, weight))
         return losses
 
     @staticmethod
     def _idle(active: Mapping[str, ActiveDistiller]) -> LossDict:
+        """Return the zero losses of distillers that rest."""
+        storage = get_event_storage()
+        for one in active.values():
+            storage.put_scalar(f"kd/{one.slug}/weight", 0.0)
         return {key: loss for one in active.values() for key, loss in one.idle().items()}
 
 

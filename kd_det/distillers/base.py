@@ -153,13 +153,17 @@ class Distiller(nn.Module):
 
         What all distillers have: a weight, and that weight's course over the iterations.
         """
-        # Scalar in front of the distiller's losses.
-        node.WEIGHT = 1.0
+        # Scalar in front of the distiller's losses. None: it sets itself by SHARE.
+        node.WEIGHT = None
+        # Without a WEIGHT: how hard the distiller pulls on the student at first, as the ratio of
+        # its gradient's norm at the captured features to that of the detection losses.
+        node.SHARE = 1.0
         node.SCHEDULE = CfgNode()
         # Iterations of linear growth from 0 to the full weight; 0: none.
         node.SCHEDULE.WARMUP_ITERS = 0
         # "constant", or "cosine": from the full weight to FINAL_FACTOR of it at SOLVER.MAX_ITER.
-        node.SCHEDULE.DECAY = "constant"
+        # "auto": cosine where the weight sets itself, constant where a WEIGHT is given.
+        node.SCHEDULE.DECAY = "auto"
         node.SCHEDULE.FINAL_FACTOR = 0.0
         # First iteration with weight 0; negative: never.
         node.SCHEDULE.STOP_AT = -1

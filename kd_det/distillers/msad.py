@@ -32,10 +32,8 @@ class AlignedPyramid(PyramidDistiller):
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:
-        """Add the keys of KD.ALIGNED_PYRAMID. WEIGHT is alpha * T^2 / T with alpha 0.2 and T 3."""
+        """Add the keys of KD.ALIGNED_PYRAMID."""
         super().add_config(node)
-        node.WEIGHT = 0.6
-        node.SCHEDULE.WARMUP_ITERS = 500
         # "fusion": the aligned teacher's fused pyramid; "detector.backbone@0" / "@1": its pyramid
         # of the full / reduced view (its MODEL.ALIGNED.EVAL_BRANCH must be "fused": the others run
         # one view only); "backbone": an ordinary teacher's.

@@ -30,9 +30,8 @@ class SSIM(PyramidDistiller):
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:
-        """Add the keys of KD.SSIM. WEIGHT is the paper's lambda, 2 or 4."""
+        """Add the keys of KD.SSIM. The paper weighs it by lambda, 2 or 4."""
         super().add_config(node)
-        node.WEIGHT = 4.0
         # Odd number of cells per side of the window; "gaussian" of SIGMA cells, or "box".
         node.WINDOW_SIZE = 11
         node.SIGMA = 1.5

@@ -54,6 +54,8 @@ def added_keys() -> list[tuple[str, Any]]:
 
 def other(value: Any) -> Any:
     """Another value of the same type."""
+    if value is None:
+        return 0.5
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):

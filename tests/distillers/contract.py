@@ -339,7 +339,7 @@ class DistillerContract:
 
     def test_every_config_key_reaches_the_constructor(self) -> None:
         node = config().KD[self.build().config_key]
-        assert set(self.other) == set(node) - {"WEIGHT", "SCHEDULE"}
+        assert set(self.other) == set(node) - {"WEIGHT", "SHARE", "SCHEDULE"}
         before = settings_of(build_distiller(self.name, config()))
         reached = set()
         for key, value in self.other.items():
