@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kd_det.distillation.pairing import LevelPair, on_one_grid
 from kd_det.distillers import Pair, Targets
+from kd_det.functional.level_grid import Grid
 
 
 @dataclass
@@ -23,7 +24,7 @@ class Frame:
 
     image_sizes: list[tuple[int, int]]
     on_device: Tensor
-    masks: dict[tuple[int, int, float], Tensor]
+    masks: dict[Grid, Tensor]
 
     @classmethod
     def of(cls, image_sizes: list[tuple[int, int]], device: torch.device) -> "Frame":

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
+from kd_det.functional.level_grid import Grid, cells_on_images
 from kd_det.text import nearest
 
 DISTILLER_REGISTRY = Registry("DISTILLER")
@@ -67,23 +67,15 @@ class Pair:
     student: Tensor
     teacher: Tensor
     image_sizes: Tensor
-    masks: dict[tuple[int, int, float], Tensor] = field(default_factory=dict, repr=False)
+    masks: dict[Grid, Tensor] = field(default_factory=dict, repr=False)
 
     def valid(self) -> Tensor:
         """Return (N, 1, H, W) float32 in {0, 1}: 1 where a cell's centre lies on the image."""
         height, width = self.student.shape[-2:]
-        grid = (height, width, self.stride)
+        grid = Grid(height, width, self.stride)
         if grid not in self.masks:
-            self.masks[grid] = self._on_image(height, width)
+            self.masks[grid] = cells_on_images(grid, self.image_sizes)[:, None].float()
         return self.masks[grid]
-
-    def _on_image(self, height: int, width: int) -> Tensor:
-        device = self.student.device
-        y = (torch.arange(height, device=device) + 0.5) * self.stride
-        x = (torch.arange(width, device=device) + 0.5) * self.stride
-        rows = y[None, :] < self.image_sizes[:, :1]
-        columns = x[None, :] < self.image_sizes[:, 1:]
-        return (rows[:, None, :, None] & columns[:, None, None, :]).float()
 
 
 @dataclass

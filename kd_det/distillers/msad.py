@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
 from kd_det.distillers.pyramid import PyramidDistiller
-from kd_det.functional.distance import at_least_float32, masked_mean, mean_distance
+from kd_det.functional.distance import masked_mean, mean_distance
+from kd_det.functional.precision import at_least_float32
 from kd_det.functional.ssim import ssim_loss
 
 LOSSES = ("l1", "l2", "smooth_l1", "cosine", "ssim")

@@ -34,11 +34,12 @@ from kd_det.distillers.base import (
     Step,
     Targets,
 )
-from kd_det.functional.gaussian_importance import Gate, importance_maps
+from kd_det.functional.gaussian_importance import Gate, ImportanceOptions, importance_maps
 from kd_det.functional.level_grid import (
-    Level,
+    Grid,
     positions_in_boxes,
     positions_in_images,
+    same_stride,
     split_levels,
     to_device,
 )
@@ -47,9 +48,6 @@ from kd_det.functional.pgd import (
     classification_terms,
     regression_terms,
 )
-
-# Strides within this relative distance are the same grid.
-_SAME_GRID = 0.02
 
 
 @dataclass(frozen=True)
@@ -205,13 +203,13 @@ class PGD(Distiller):
             targets: the ground truth.
         """
         device = predictions.logits[0].device
-        levels = [
-            Level(height, width, stride, predictions.offset)
+        grids = [
+            Grid(height, width, stride, predictions.offset)
             for (height, width), stride in zip(predictions.sizes, predictions.strides, strict=True)
         ]
         boxes, present = _pad(targets.boxes)
         classes = pad_sequence(targets.classes, batch_first=True).reshape(present.shape)
-        on_image = positions_in_images(levels, targets.image_sizes, device)
+        on_image = positions_in_images(grids, targets.image_sizes, device)
         valid = on_image if self.mask_padding else torch.ones_like(on_image)
         cls, reg = importance_maps(
             torch.cat(predictions.logits, 1),
@@ -219,17 +217,15 @@ class PGD(Distiller):
             boxes,
             classes,
             present,
-            levels,
-            exponents=self.exponents,
-            top_k=self.top_k,
-            gate=self.gate,
+            grids,
+            ImportanceOptions(exponents=self.exponents, top_k=self.top_k, gate=self.gate),
             position_valid=valid,
         )
-        background = ~to_device(positions_in_boxes(levels, boxes, present), device)
+        background = ~to_device(positions_in_boxes(grids, boxes, present), device)
         if self.mask_ignored:
             ignored, some = _pad(targets.ignored)
-            background &= ~to_device(positions_in_boxes(levels, ignored, some), device)
-        return Masks(*(split_levels(x, levels) for x in (cls, reg, background, valid)))
+            background &= ~to_device(positions_in_boxes(grids, ignored, some), device)
+        return Masks(*(split_levels(x, grids) for x in (cls, reg, background, valid)))
 
     def _classification(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:
         if len(pairs) > len(self.level_weights):
@@ -294,9 +290,9 @@ def _on_grid(masks: list[Tensor], pair: Pair, strides: Sequence[float]) -> Tenso
         )
     mask = masks[level]
     height, width = pair.student.shape[-2:]
-    ratio = pair.stride / strides[level]
-    if abs(ratio - 1) < _SAME_GRID:
+    if same_stride(pair.stride, strides[level]):
         return mask[:, :height, :width]  # what is cut off is padding beyond the common grid
+    ratio = pair.stride / strides[level]
     for dim, count in ((1, height), (2, width)):
         cells = (torch.arange(count, device=mask.device) + 0.5) * ratio
         mask = mask.index_select(dim, cells.long().clamp(max=mask.shape[dim] - 1))

@@ -12,14 +12,13 @@ The detector's own losses stay as they are; the weight (lambda) is 2 or 4.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from detectron2.config import CfgNode
 from torch import Tensor
 
 from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
 from kd_det.distillers.pyramid import PyramidDistiller
-from kd_det.functional.ssim import ssim_loss, ssim_map
+from kd_det.functional.ssim import SSIMOptions, ssim_loss, ssim_map
 
 
 @DISTILLER_REGISTRY.register()
@@ -64,8 +63,11 @@ class SSIM(PyramidDistiller):
         """
         Args:
             window_size, sigma, window, border, normalize, exponents: see
-                `functional.ssim.ssim_loss`.
+                `functional.ssim.SSIMOptions`.
             mask_padding, student_capture, teacher_capture, adapter: see `PyramidDistiller`.
+
+        Raises:
+            ValueError: an option is out of its range.
         """
         super().__init__(
             mask_padding=mask_padding,
@@ -73,28 +75,20 @@ class SSIM(PyramidDistiller):
             teacher_capture=teacher_capture,
             adapter=adapter,
         )
-        self.window_size = window_size
-        self.sigma = sigma
-        self.window = window
-        self.border = border
-        self.normalize = normalize
         luminance, contrast, structure = exponents
-        self.exponents = (luminance, contrast, structure)
+        self.options = SSIMOptions(
+            window_size=window_size,
+            sigma=sigma,
+            window=window,
+            border=border,
+            normalize=normalize,
+            exponents=(luminance, contrast, structure),
+        )
 
     def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
         """Return the mean structural dissimilarity of a pair."""
-        return ssim_loss(pair.student, pair.teacher, mask=mask, **self._options())
+        return ssim_loss(pair.student, pair.teacher, self.options, mask)
 
     def similarity(self, pair: Pair) -> Tensor:
         """Return the SSIM of a pair at every position, (N, C, H, W) in [-1, 1], for pictures."""
-        return ssim_map(pair.student, pair.teacher, **self._options())
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "window_size": self.window_size,
-            "sigma": self.sigma,
-            "window": self.window,
-            "border": self.border,
-            "normalize": self.normalize,
-            "exponents": self.exponents,
-        }
+        return ssim_map(pair.student, pair.teacher, self.options)

@@ -24,13 +24,13 @@ from tiny_runs import TinyTeacher
 from torch import Tensor
 
 from kd_det.distillers import PGD, Pair, Step
-from kd_det.functional.gaussian_importance import importance_maps
-from kd_det.functional.level_grid import Level, positions_in_boxes, positions_in_images
+from kd_det.functional.gaussian_importance import ImportanceOptions, importance_maps
+from kd_det.functional.level_grid import Grid, positions_in_boxes, positions_in_images
 from kd_det.functional.pgd import classification_terms, regression_terms
 
 Student = Callable[..., CfgNode]
 MakeTeacher = Callable[[str], TinyTeacher]
-LEVELS = [Level(height, width, s) for (height, width), s in zip(SIDES, STRIDES, strict=True)]
+LEVELS = [Grid(height, width, s) for (height, width), s in zip(SIDES, STRIDES, strict=True)]
 
 
 class TestPGD(DistillerContract):
@@ -105,9 +105,7 @@ def composed_by_hand(scene: Scene) -> dict[str, Tensor]:
         classes,
         present,
         LEVELS,
-        exponents=(0.8, 0.6),
-        top_k=6,
-        gate="before",
+        ImportanceOptions(exponents=(0.8, 0.6), top_k=6, gate="before"),
         position_valid=valid,
     )
     background = ~positions_in_boxes(LEVELS, boxes, present)

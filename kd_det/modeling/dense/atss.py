@@ -17,28 +17,12 @@ from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kd_det.functional.box_overlap import aligned_giou, aligned_iou
-from kd_det.modeling.dense.atss_assigner import Positives, box_centers
+from kd_det.functional.boxes import aligned_giou, aligned_iou, box_centers, centerness
+from kd_det.modeling.dense.atss_assigner import Positives
 from kd_det.modeling.dense.inference import DEFAULT_INFERENCE, InferenceSettings
 from kd_det.modeling.dense.single_anchor import SingleAnchorDetector, shared_arguments
 
 QUALITY_BRANCHES = ("centerness", "iou")
-
-
-def centerness(points: Tensor, boxes: Tensor) -> Tensor:
-    """
-    How central each point is in its box (FCOS, Tian et al., ICCV 2019, eq. 3).
-
-    Args:
-        points: (P, 2), inside their boxes.
-        boxes: (P, 4) corners.
-
-    Returns:
-        (P,) sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)): 1 in the middle, 0 on the border.
-    """
-    low, high = points - boxes[:, :2], boxes[:, 2:] - points
-    ratio = torch.minimum(low, high) / torch.maximum(low, high)
-    return ratio.prod(dim=1).sqrt()
 
 
 @META_ARCH_REGISTRY.register()

@@ -15,7 +15,7 @@ from detectron2.modeling.meta_arch import fcos as detectron2_fcos
 from detectron2.structures import Boxes, Instances
 
 from kd_det.compat import head_norm
-from kd_det.functional.distance import at_least_float32
+from kd_det.functional.precision import at_least_float32
 from kd_det.modeling.backbones.fpn import pick_features
 
 

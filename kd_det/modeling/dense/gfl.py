@@ -14,13 +14,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from kd_det.functional.box_overlap import aligned_giou, aligned_iou
+from kd_det.functional.boxes import aligned_giou, aligned_iou, box_centers
 from kd_det.functional.focal import (
     distribution_focal_loss,
     distribution_mean,
     quality_focal_loss,
 )
-from kd_det.modeling.dense.atss_assigner import Positives, box_centers
+from kd_det.modeling.dense.atss_assigner import Positives
 from kd_det.modeling.dense.inference import DEFAULT_INFERENCE, InferenceSettings
 from kd_det.modeling.dense.single_anchor import SingleAnchorDetector, shared_arguments
 

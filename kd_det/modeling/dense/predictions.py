@@ -19,8 +19,8 @@ from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import Tensor, nn
 
-from kd_det.functional.distance import at_least_float32
-from kd_det.modeling.dense.atss_assigner import box_centers
+from kd_det.functional.boxes import box_centers
+from kd_det.functional.precision import at_least_float32
 from kd_det.modeling.dense.single_anchor import SingleAnchorDetector
 
 # What a head returns: for each output (class logits first), one (N, D, H, W) per level.

@@ -13,7 +13,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.functional.distance import at_least_float32
+from kd_det.functional.precision import at_least_float32
 from kd_det.modeling.backbones.fpn import pick_features
 from kd_det.modeling.dense.atss_assigner import Positives, find_positives
 from kd_det.modeling.dense.head import DenseHead

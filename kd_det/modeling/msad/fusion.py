@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kd_det.functional.level_grid import Grid, cells_on_images
+from kd_det.functional.precision import at_least_float32
+
 FUSIONS = ("cff", "mean")
 
 
@@ -145,11 +148,10 @@ def _check_pyramids(pyramids: Sequence[Sequence[Tensor]], num_inputs: int) -> No
 
 def _pool(x: Tensor, stride: int, image_sizes: Sequence[tuple[int, int]] | None) -> Tensor:
     """Average (N, C, H, W) over the positions whose cell touches the image, to (N, C)."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = at_least_float32(x)
     if image_sizes is None:
         return x.mean(dim=(2, 3))
-    cells = (torch.tensor(image_sizes, device=x.device) + stride - 1) // stride
-    rows = torch.arange(x.shape[2], device=x.device) < cells[:, :1]
-    columns = torch.arange(x.shape[3], device=x.device) < cells[:, 1:]
-    inside = (rows[:, :, None] & columns[:, None, :]).to(x.dtype)
+    sizes = torch.tensor(image_sizes, device=x.device)
+    # Offset 0: a cell takes part if any of it lies on the image.
+    inside = cells_on_images(Grid(x.shape[2], x.shape[3], stride, offset=0.0), sizes).to(x.dtype)
     return torch.einsum("nchw,nhw->nc", x, inside) / inside.sum(dim=(1, 2))[:, None]

@@ -10,7 +10,6 @@ from detectron2.structures import pairwise_iou
 from tiny_dense import CLASSES, build_tiny, losses_of, make_image, no_objects, overfit, two_images
 from torch import Tensor
 
-from kd_det.modeling.dense.atss import centerness
 from kd_det.modeling.dense.atss_assigner import Positives, atss_assign, find_positives
 
 LN2 = math.log(2)
@@ -136,13 +135,6 @@ def test_positives_of_a_batch() -> None:
     assert found.classes.tolist() == [7, 5]
     assert torch.equal(found.boxes, torch.cat(boxes))
     assert torch.equal(found.anchors, torch.stack([COARSE[1], FINE[0]]))
-
-
-def test_centerness_by_hand() -> None:
-    # Point (1, 3) in [0, 0, 4, 4]: sqrt(1/3 * 1/3); the middle; a side.
-    points = torch.tensor([[1.0, 3], [2, 2], [4, 2]])
-    value = centerness(points, torch.tensor([[0.0, 0, 4, 4]]).expand(3, 4))
-    torch.testing.assert_close(value, torch.tensor([1 / 3, 1.0, 0.0]))
 
 
 # Two positives of two anchors. Zero box outputs decode to the anchor [0, 0, 8, 8] itself.
