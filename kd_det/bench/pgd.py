@@ -27,6 +27,7 @@ from kd_det.bench.measure import device_name, peak_bytes, ratio, take_turns
 from kd_det.config import add_kd_config
 from kd_det.distillers.base import Pair, Step, Targets
 from kd_det.distillers.pgd import PGD
+from kd_det.distillers.predictions import DensePredictions
 from kd_det.functional.gaussian_importance import (
     RIDGE,
     ImportanceOptions,
@@ -39,7 +40,6 @@ from kd_det.functional.level_grid import (
     grid_positions,
     positions_in_boxes,
 )
-from kd_det.modeling.dense.predictions import DensePredictions
 
 STRIDES = (8, 16, 32, 64, 128)
 CLASSES, CHANNELS, TOP_K, EXPONENTS = 80, 256, 30, (0.8, 0.6)
@@ -265,11 +265,9 @@ def distillation(size: tuple[int, int], scene: Scene) -> Callable[[], Any]:
     predictions = DensePredictions(
         logits=list(scene.logits[:1].split(counts, dim=1)),
         boxes=list(scene.boxes[:1].split(counts, dim=1)),
-        positions=list(grid_positions(scene.grids).split(counts)),
         strides=[level.stride for level in scene.grids],
         sizes=[(level.height, level.width) for level in scene.grids],
         offset=scene.grids[0].offset,
-        anchors_per_position=1,
     )
     targets = Targets(
         boxes=[scene.gt_boxes[0]],

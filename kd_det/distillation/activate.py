@@ -21,6 +21,7 @@ from kd_det.distillation.probe import Probe, probe
 from kd_det.distillation.teacher import Teacher
 from kd_det.distillation.views import View
 from kd_det.distillers import CaptureSpec, Distiller
+from kd_det.distillers.predictions import DensePredictions, HeadOutputs, decoder_of
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +49,6 @@ def activate(
     distillers: Mapping[str, Distiller],
     schedules: Mapping[str, WeightSchedule],
     autos: Mapping[str, AutoWeight],
-    decode: Callable[[Any], Any],
     resample: bool,
 ) -> tuple[Watch, dict[str, ActiveDistiller]]:
     """
@@ -60,12 +60,12 @@ def activate(
         view: the student's view.
         distillers, schedules: by entry of KD.DISTILLERS.
         autos: the weights that set themselves.
-        decode: see `ActiveDistiller`.
         resample: pair levels on different grids too.
 
     Raises:
         ValueError: a path names no module, a capture is no pyramid, or nothing pairs.
         RuntimeError: a module that is to be captured does not run.
+        TypeError: a distiller wants predictions, and nothing decodes this teacher's.
     """
     wanted = {
         name: [_resolve(spec, student, teacher.model) for spec in distiller.captures()]
@@ -93,7 +93,7 @@ def activate(
             auto=autos.get(name),
             captures=captures,
             adapters=adapters,
-            decode=decode,
+            decode=_decoder(captures, teacher),
         )
     headers = ["distiller", "student level", "teacher level", "adapter", "resampled"]
     _logger.info("Paired pyramid levels:\n%s", tabulate(rows, headers=headers))
@@ -101,6 +101,16 @@ def activate(
         student_capture, teacher_capture, teacher_capture.count_needed(other.captures.order)
     )
     return watch, active
+
+
+def _decoder(
+    captures: list[ResolvedCapture], teacher: Teacher
+) -> Callable[[HeadOutputs], DensePredictions] | None:
+    """Return what reads the teacher's head outputs, in the loaded image's pixels, where wanted."""
+    if all(item.spec.kind != "predictions" for item in captures):
+        return None
+    decode = decoder_of(teacher.model)
+    return lambda head_outputs: decode(head_outputs).scaled(teacher.view.factor)
 
 
 def _resolve(spec: CaptureSpec, student: nn.Module, teacher: nn.Module) -> ResolvedCapture:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from detectron2.utils.events import get_event_storage
@@ -16,6 +16,7 @@ from kd_det.distillation.gradient_share import Pull, ShareWatch, pull
 from kd_det.distillation.pairing import LevelPair, levels_of
 from kd_det.distillation.schedule import Schedule
 from kd_det.distillers import CaptureSpec, Distiller, Pair, Step, Targets
+from kd_det.distillers.predictions import DensePredictions, HeadOutputs
 
 LossDict = dict[str, Tensor]
 # Iteration -> weight.
@@ -51,7 +52,7 @@ class ActiveDistiller(nn.Module):
         captures: resolved, pyramids paired.
         adapters: per pyramid capture, one module per pair.
         decode: turns the teacher's raw head outputs into `DensePredictions` in the loaded image's
-            pixels; needed where a capture wants predictions.
+            pixels; None where no capture wants predictions.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ActiveDistiller(nn.Module):
         auto: AutoWeight | None,
         captures: list[ResolvedCapture],
         adapters: Mapping[str, nn.ModuleList],
-        decode: Callable[[Any], Any],
+        decode: Callable[[HeadOutputs], DensePredictions] | None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -89,12 +90,13 @@ class ActiveDistiller(nn.Module):
             frame: the batch's geometry, common to all distillers.
         """
         pairs: dict[str, list[Pair]] = {}
-        predictions: dict[str, Any] = {}
+        predictions: dict[str, DensePredictions] = {}
         features: list[Tensor] = []
         for item in self.captures:
             assert item.teacher is not None
             outputs = teacher.get(item.teacher)
             if item.spec.kind == "predictions":
+                assert self._decode is not None
                 predictions[item.spec.name] = self._decode(outputs[0])
                 continue
             assert item.student is not None

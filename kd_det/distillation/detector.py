@@ -28,7 +28,6 @@ from kd_det.distillation.schedule import Schedule
 from kd_det.distillation.teacher import Teacher, build_teacher
 from kd_det.distillation.views import View
 from kd_det.distillers import Distiller, Step, build_distiller, node_name
-from kd_det.modeling.dense.predictions import decode_dense
 from kd_det.text import nearest
 
 _logger = logging.getLogger(__name__)
@@ -112,7 +111,6 @@ class DistillationDetector(nn.Module):
                     distillers=distillers,
                     schedules={name: (schedules or {}).get(name, _one) for name in distillers},
                     autos=autos or {},
-                    decode=_decoder(teacher),
                     resample=resample_levels,
                 )
             self.active = nn.ModuleDict(active)  # type: ignore[assignment]
@@ -244,7 +242,8 @@ class DistillationDetector(nn.Module):
                 continue
             parts = active.distiller(seen.steps[name])
             weight = active.weigh(parts, detection, seen.steps[name], self.share_watch)
-            losses.update(active.losses(parts, weight))
+            # 0 where nothing could be measured yet: what overflowed times 0 would not be 0.
+            losses.update(active.losses(parts, weight) if weight else active.idle())
         return losses
 
     @staticmethod
@@ -258,15 +257,6 @@ class DistillationDetector(nn.Module):
 
 def _one(iteration: int) -> float:
     return 1.0
-
-
-def _decoder(teacher: Teacher) -> Callable[[Any], Any]:
-    """Return what reads the teacher's raw head outputs as predictions in the loaded image."""
-
-    def decode(head_outputs: Any) -> Any:
-        return decode_dense(teacher.model, head_outputs).scaled(teacher.view.factor)
-
-    return decode
 
 
 def _compare_views(view: View, teacher: nn.Module) -> None:

@@ -14,6 +14,7 @@ from kd_det.distillers.base import (
 from kd_det.distillers.feature_lp import FeatureLp
 from kd_det.distillers.msad import AlignedPyramid
 from kd_det.distillers.pgd import PGD
+from kd_det.distillers.predictions import DensePredictions, register_decoder
 from kd_det.distillers.ssim import SSIM
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "SSIM",
     "AlignedPyramid",
     "CaptureSpec",
+    "DensePredictions",
     "Distiller",
     "FeatureLp",
     "Pair",
@@ -30,4 +32,5 @@ __all__ = [
     "build_distiller",
     "distiller_class",
     "node_name",
+    "register_decoder",
 ]

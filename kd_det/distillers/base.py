@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
+from kd_det.distillers.predictions import DensePredictions
 from kd_det.functional.level_grid import Grid, cells_on_images
 from kd_det.text import nearest
 
@@ -113,7 +114,7 @@ class Step:
     """
 
     pairs: dict[str, list[Pair]]
-    teacher: dict[str, Any]
+    teacher: dict[str, DensePredictions]
     targets: Targets
     features: Sequence[Tensor] = ()
 

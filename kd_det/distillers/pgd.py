@@ -10,7 +10,7 @@ ECCV 2022 (arXiv 2203.05469).
     L = sum over levels  w_l (alpha L_fg + beta L_bg) + delta L_att    first block, cls tower
                        + gamma L_fea + delta L_att                     first block, reg tower
 
-(`functional.prediction_guided` has the terms.) Beyond the paper: adapters where widths differ, and
+(`functional.pgd` has the terms.) Beyond the paper: adapters where widths differ, and
 FEATURES "neck", which applies the classification part to the pyramid itself, so that a dense
 teacher guides a student whose head has no towers.
 """
@@ -18,7 +18,7 @@ teacher guides a student whose head has no towers.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from detectron2.config import CfgNode
@@ -34,6 +34,7 @@ from kd_det.distillers.base import (
     Step,
     Targets,
 )
+from kd_det.distillers.predictions import DensePredictions
 from kd_det.functional.gaussian_importance import Gate, ImportanceOptions, importance_maps
 from kd_det.functional.level_grid import (
     Grid,
@@ -194,7 +195,7 @@ class PGD(Distiller):
         return losses
 
     @torch.no_grad()
-    def masks(self, predictions: Any, targets: Targets) -> Masks:
+    def masks(self, predictions: DensePredictions, targets: Targets) -> Masks:
         """
         Compute importance and background of every position.
 

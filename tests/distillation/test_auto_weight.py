@@ -2,6 +2,7 @@
 
 import logging
 import math
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,15 @@ class TestVectors:
         assert weights[4] == pytest.approx(0.102062073)
 
     def test_two_real_processes(self, tmp_path: Path) -> None:
-        torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
+        # By fork: a fresh interpreter would have to find this test's module by its name.
+        workers = [
+            multiprocessing.get_context("fork").Process(target=_process, args=(rank, str(tmp_path)))
+            for rank in range(2)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
         found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
         assert found[0] == found[1]  # bit for bit
         assert found[0] == pytest.approx(

@@ -381,7 +381,7 @@ def test_trains_three_steps(
     losses = [step["loss_kd_feature_lp"] for step in recorder.steps]
     assert all(0 < value < float("inf") for value in losses)
     measured = ["kd/feature_lp/grad_share" in step for step in recorder.steps]
-    assert measured == [True, False, True]
+    assert measured == [True, True, True]  # the first steps all are
     assert len([k for k in recorder.steps[0] if k.startswith("loss_")]) > 2
     assert (Path(cfg.OUTPUT_DIR) / "model_final.pth").is_file()
 

@@ -124,7 +124,7 @@ class TestLoss:
             handle = model.teacher.model.fusion.register_forward_hook(
                 lambda _, inputs, out: [
                     x + d
-                    for x, d in zip(inputs[0][1], deltas, strict=True)  # noqa: B023
+                    for x, d in zip(inputs[1], deltas, strict=True)  # noqa: B023
                 ]
             )
             losses, _ = tiny_runs.losses_at(model, batch, 500)

@@ -25,7 +25,7 @@ from kd_det.distillers import (
     Targets,
     build_distiller,
 )
-from kd_det.modeling.dense.predictions import DensePredictions
+from kd_det.distillers.predictions import DensePredictions
 
 STRIDES = (8.0, 16.0)
 SIDES = ((6, 8), (3, 4))  # cells of each level: images padded to 48 x 64
@@ -76,22 +76,19 @@ class Scene:
 
     def predictions(self) -> DensePredictions:
         """Return the teacher's predictions at the centre of each cell."""
-        points, boxes = [], []
+        boxes = []
         for offsets, stride in zip(self.offsets, STRIDES, strict=True):
             height, width = offsets.shape[-2:]
             y, x = (torch.arange(n) * stride + stride / 2 for n in (height, width))
             centres = torch.cartesian_prod(y, x).flip(1)  # (H * W, 2)
             distances = offsets.flatten(2).transpose(1, 2)
             boxes.append(torch.cat([centres - distances[..., :2], centres + distances[..., 2:]], 2))
-            points.append(centres)
         return DensePredictions(
             logits=[x.flatten(2).transpose(1, 2) for x in self.logits],
             boxes=boxes,
-            positions=points,
             strides=list(STRIDES),
             sizes=[(x.shape[-2], x.shape[-1]) for x in self.logits],
             offset=0.5,
-            anchors_per_position=1,
         )
 
     def maps(self, change: Callable[[Tensor], Tensor], roles: str = "student teacher") -> "Scene":

@@ -96,6 +96,7 @@ def test_weighted_it_is_the_papers_coefficient() -> None:
     """alpha * T^2 / T = 0.2 * 3 = 0.6 of the mean distance, summed over levels, after warm-up."""
     cfg = config()
     distiller = build_distiller("AlignedPyramid", cfg)
+    cfg.KD.ALIGNED_PYRAMID.WEIGHT, cfg.KD.ALIGNED_PYRAMID.SCHEDULE.WARMUP_ITERS = 0.6, 500
     weight = Schedule.from_config(cfg.KD.ALIGNED_PYRAMID, 90000)
     coarse = (torch.full((1, 2, 1, 1), -3.0), torch.zeros(1, 2, 1, 1))
     loss = distiller(step_of((STUDENT, TEACHER), coarse))[""]
@@ -120,6 +121,8 @@ def test_zero_vectors_have_finite_cosine_gradients() -> None:
 HALF = {
     "KD.DISTILLERS": ["AlignedPyramid"],
     "KD.STUDENT.VIEW_FACTOR": 2.0,
+    "KD.ALIGNED_PYRAMID.WEIGHT": 0.6,
+    "KD.ALIGNED_PYRAMID.SCHEDULE.WARMUP_ITERS": 500,
     "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
     "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
     "MODEL.FPN.TOP_BLOCK": "p6_c5",
