@@ -27,14 +27,19 @@ from kd_det.bench.measure import device_name, peak_bytes, ratio, take_turns
 from kd_det.config import add_kd_config
 from kd_det.distillers.base import Pair, Step, Targets
 from kd_det.distillers.pgd import PGD
-from kd_det.functional.gaussian_importance import RIDGE, importance_maps, prediction_quality
+from kd_det.distillers.predictions import DensePredictions
+from kd_det.functional.gaussian_importance import (
+    RIDGE,
+    ImportanceOptions,
+    importance_maps,
+    prediction_quality,
+)
 from kd_det.functional.level_grid import (
-    Level,
+    Grid,
     count_positions,
     grid_positions,
     positions_in_boxes,
 )
-from kd_det.modeling.dense.predictions import DensePredictions
 
 STRIDES = (8, 16, 32, 64, 128)
 CLASSES, CHANNELS, TOP_K, EXPONENTS = 80, 256, 30, (0.8, 0.6)
@@ -79,17 +84,17 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     size, counts, rounds, device = tuple(args.size), list(args.boxes), args.rounds, args.device
     if args.quick:
         size, counts, rounds = (96, 128), [1, 10], 1
-    levels = pyramid(size)
-    print(f"Images of {size[0]}x{size[1]}, {count_positions(levels)} positions, 2 per batch.")
-    scenes = {count: Scene.random(levels, size, count, device) for count in counts}
+    grids = pyramid(size)
+    print(f"Images of {size[0]}x{size[1]}, {count_positions(grids)} positions, 2 per batch.")
+    scenes = {count: Scene.random(grids, size, count, device) for count in counts}
     targets = bench_targets(scenes, rounds, device)
     print(tabulate(targets, headers="keys", floatfmt=".4g"))
-    losses = bench_losses(size, levels, rounds, device, depth=18 if args.quick else 50)
+    losses = bench_losses(size, grids, rounds, device, depth=18 if args.quick else 50)
     print(tabulate([losses], headers="keys", floatfmt=".4g"))
     return {
         "device": device_name(device),
         "size": size,
-        "positions": count_positions(levels),
+        "positions": count_positions(grids),
         "images": 2,
         "rounds": rounds,
         "classes": CLASSES,
@@ -99,10 +104,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def pyramid(size: tuple[int, int]) -> list[Level]:
+def pyramid(size: tuple[int, int]) -> list[Grid]:
     """Return the grids P3..P7 of a batch of images (height, width) padded to multiples of 32."""
     height, width = (math.ceil(side / 32) * 32 for side in size)
-    return [Level(math.ceil(height / s), math.ceil(width / s), s) for s in STRIDES]
+    return [Grid(math.ceil(height / s), math.ceil(width / s), s) for s in STRIDES]
 
 
 class Scene(NamedTuple):
@@ -112,16 +117,16 @@ class Scene(NamedTuple):
     boxes: Tensor
     gt_boxes: Tensor
     gt_classes: Tensor
-    levels: Sequence[Level]
+    grids: Sequence[Grid]
 
     @classmethod
     def random(
-        cls, levels: Sequence[Level], size: tuple[int, int], count: int, device: str
+        cls, grids: Sequence[Grid], size: tuple[int, int], count: int, device: str
     ) -> "Scene":
         """Draw predictions, and boxes with log-uniform sides of 16 px to half of the image."""
         generator = torch.Generator().manual_seed(0)
-        points = grid_positions(levels).float()
-        strides = torch.tensor([v.stride for v in levels for _ in range(v.height * v.width)])
+        points = grid_positions(grids).float()
+        strides = torch.tensor([v.stride for v in grids for _ in range(v.height * v.width)])
         reach = torch.rand(2, len(points), 4, generator=generator) * 6 * strides[:, None]
         extent = torch.tensor([size[1], size[0]])
         sides = 16 * (extent / 32) ** torch.rand(2, count, 2, generator=generator)
@@ -131,7 +136,7 @@ class Scene(NamedTuple):
             boxes=torch.cat([points - reach[..., :2], points + reach[..., 2:]], dim=2).to(device),
             gt_boxes=torch.cat([corner, corner + sides], dim=2),
             gt_classes=torch.randint(0, CLASSES, (2, count), generator=generator),
-            levels=levels,
+            grids=grids,
         )
 
 
@@ -144,18 +149,17 @@ def batched_targets(scene: Scene) -> list[Tensor]:
         scene.gt_boxes,
         scene.gt_classes,
         valid,
-        scene.levels,
-        exponents=EXPONENTS,
-        top_k=TOP_K,
+        scene.grids,
+        ImportanceOptions(exponents=EXPONENTS, top_k=TOP_K),
     )
-    background = ~positions_in_boxes(scene.levels, scene.gt_boxes, valid)
+    background = ~positions_in_boxes(scene.grids, scene.gt_boxes, valid)
     return [*maps, background.to(scene.logits.device)]
 
 
 def looped_targets(scene: Scene) -> list[Tensor]:
     """Compute the same by a loop over images and boxes, each step for all positions at once."""
     device = scene.logits.device
-    points = grid_positions(scene.levels).to(device)
+    points = grid_positions(scene.grids).to(device)
     x, y = points.float().unbind(1)
     num_images, num_positions = scene.boxes.shape[:2]
     maps = [torch.zeros(num_images, num_positions, device=device) for _ in EXPONENTS]
@@ -220,10 +224,10 @@ def bench_targets(
 
 
 def bench_losses(
-    size: tuple[int, int], levels: Sequence[Level], rounds: int, device: str, depth: int
+    size: tuple[int, int], grids: Sequence[Grid], rounds: int, device: str, depth: int
 ) -> dict[str, Any]:
     """Measure PGD on one image of ten boxes against the training step of a student."""
-    scene = Scene.random(levels, size, 10, device)
+    scene = Scene.random(grids, size, 10, device)
     distill, student = distillation(size, scene), student_step(size, scene, depth, device)
     runs = {"losses": distill, "student": student}
     seconds = take_turns(runs, rounds, device, clock="cpu")
@@ -244,7 +248,7 @@ def distillation(size: tuple[int, int], scene: Scene) -> Callable[[], Any]:
     device = scene.logits.device
 
     def tower() -> list[Tensor]:
-        shapes = [(1, CHANNELS, level.height, level.width) for level in scene.levels]
+        shapes = [(1, CHANNELS, level.height, level.width) for level in scene.grids]
         return [torch.randn(*x, generator=generator).relu().to(device) for x in shapes]
 
     sizes = torch.tensor([size], device=device, dtype=torch.float32)
@@ -252,20 +256,18 @@ def distillation(size: tuple[int, int], scene: Scene) -> Callable[[], Any]:
         name: [
             Pair(f"p{i}", level.stride, student.requires_grad_(), teacher, sizes)
             for i, (level, student, teacher) in enumerate(
-                zip(scene.levels, tower(), tower(), strict=True), start=3
+                zip(scene.grids, tower(), tower(), strict=True), start=3
             )
         ]
         for name in ("cls", "reg")
     }
-    counts = [level.height * level.width for level in scene.levels]
+    counts = [level.height * level.width for level in scene.grids]
     predictions = DensePredictions(
         logits=list(scene.logits[:1].split(counts, dim=1)),
         boxes=list(scene.boxes[:1].split(counts, dim=1)),
-        positions=list(grid_positions(scene.levels).split(counts)),
-        strides=[level.stride for level in scene.levels],
-        sizes=[(level.height, level.width) for level in scene.levels],
-        offset=scene.levels[0].offset,
-        anchors_per_position=1,
+        strides=[level.stride for level in scene.grids],
+        sizes=[(level.height, level.width) for level in scene.grids],
+        offset=scene.grids[0].offset,
     )
     targets = Targets(
         boxes=[scene.gt_boxes[0]],
@@ -273,7 +275,7 @@ def distillation(size: tuple[int, int], scene: Scene) -> Callable[[], Any]:
         image_sizes=[size],
         ignored=[torch.zeros(0, 4)],
     )
-    step = Step(pairs, {}, {"predictions": predictions}, targets)
+    step = Step(pairs, {"predictions": predictions}, targets)
     students = [pair.student for tower_pairs in pairs.values() for pair in tower_pairs]
     distiller = PGD()
     return lambda: torch.autograd.grad(sum(distiller(step).values()), students)

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_det.bench.measure import device_name, kept_bytes, peak_bytes, take_turns
-from kd_det.functional.ssim import min_max_normalize, ssim_loss
+from kd_det.functional.ssim import SSIMOptions, min_max_normalize, ssim_loss
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
 OWN = "kd_det"
@@ -229,7 +229,7 @@ def check(
                 failures.append({"library": name, "level": level, "error": str(error)})
                 continue
             if library.border not in exact:
-                loss = ssim_loss(*wide, border=library.border)
+                loss = ssim_loss(*wide, SSIMOptions(border=library.border))
                 exact[library.border] = loss.detach(), torch.autograd.grad(loss, wide[0])[0]
             true_value, true_grad = exact[library.border]
             accuracy[name][level] = {

@@ -45,8 +45,13 @@ class KDState:
             }
         }
         if isinstance(self._model, DistillationDetector):
-            out["adapters"] = self._model.adapters.state_dict()
-            out["distillers"] = self._model.distillers.state_dict()
+            out["adapters"] = _tensors(_adapters(self._model))
+            out["distillers"] = _tensors(_distillers(self._model))
+            out["auto_weights"] = {
+                name: active.auto.state_dict()
+                for name, active in self._model.active.items()
+                if active.auto is not None
+            }
             teacher = self._model.teacher
             if teacher is not None and teacher.identity is not None:
                 out["teacher"] = asdict(teacher.identity)
@@ -65,8 +70,12 @@ class KDState:
             setattr(modules[name], _NORMALIZER, value)
         if not isinstance(self._model, DistillationDetector):
             return
-        self._model.adapters.load_state_dict(state["adapters"])
-        self._model.distillers.load_state_dict(state["distillers"])
+        _load(_adapters(self._model), state["adapters"])
+        _load(_distillers(self._model), state["distillers"])
+        for name, saved in state.get("auto_weights", {}).items():
+            auto = self._model.active[name].auto
+            if auto is not None:
+                auto.load_state_dict(saved)
 
     def _check(self, state: dict[str, Any]) -> None:
         """Compare what a checkpoint was made with to this run, before anything is changed."""
@@ -87,6 +96,34 @@ class KDState:
                 f"this config names {own['weights']} ({own['sha256'][:12]}). Resume with the same "
                 f"teacher, {advice}"
             )
+
+
+def _adapters(model: DistillationDetector) -> dict[str, nn.Module]:
+    return {
+        f"{name}-{capture}": modules
+        for name, active in model.active.items()
+        for capture, modules in active.adapters.items()
+    }
+
+
+def _distillers(model: DistillationDetector) -> dict[str, nn.Module]:
+    return {name: active.distiller for name, active in model.active.items()}
+
+
+def _tensors(modules: dict[str, nn.Module]) -> dict[str, Any]:
+    """Return the state of several modules in one flat dict, as a ModuleDict of them would."""
+    return {
+        f"{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+
+
+def _load(modules: dict[str, nn.Module], state: dict[str, Any]) -> None:
+    for name, module in modules.items():
+        prefix = f"{name}."
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        module.load_state_dict(own)
 
 
 def student_of(model: nn.Module) -> nn.Module:

@@ -23,8 +23,7 @@ from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import is_distillation, load_config
 from kd_det.data import CheckedDatasetMapper, register_from_config
 from kd_det.distillation import DistillationDetector
-from kd_det.distillation.detector import targets_of
-from kd_det.distillers import PGD, SSIM, Pair
+from kd_det.distillers import PGD, SSIM, Step
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.experiments.overlay import draw_grid
 
@@ -86,28 +85,19 @@ def _picture(item: dict[str, Any], cfg: CfgNode) -> Any:
 
 
 @torch.no_grad()
-def _pairs(
-    model: DistillationDetector, batch: list[dict[str, Any]], key: str
-) -> tuple[dict[str, list[Pair]], dict[str, Any]]:
-    """Run both models on a batch; return a distiller's pairs and what it sees of the teacher."""
-    wiring, teacher = model.wiring, model.teacher
-    assert wiring is not None and teacher is not None
-    with wiring.student_capture.record() as student:
-        model.student(model.view(batch))
-    seen_by_teacher = teacher(batch, wiring.teacher_capture, wiring.stop_after)
-    sizes = targets_of(batch).image_sizes
-    seen = wiring.gather(key, student, seen_by_teacher, sizes)
-    return seen.pairs(model.adapters), seen.teacher
+def _step(model: DistillationDetector, batch: list[dict[str, Any]], name: str) -> Step:
+    """Return what a distiller sees of a batch."""
+    return model.observe(batch).steps[name]
 
 
 def _importance(
     model: DistillationDetector, batch: list[dict[str, Any]]
 ) -> dict[str, tuple[Tensor, float]]:
     """Return per column one (N, H, W) map in [0, 1] and its stride."""
-    distiller = cast(PGD, model.distillers["PGD"])
-    _, seen = _pairs(model, batch, "PGD")
-    predictions = seen["predictions"]
-    masks = distiller.masks(predictions, targets_of(batch))
+    distiller = cast(PGD, model.active["PGD"].distiller)
+    step = _step(model, batch, "PGD")
+    predictions = step.teacher["predictions"]
+    masks = distiller.masks(predictions, step.targets)
     columns = {}
     for name, maps in (("classification", masks.cls), ("regression", masks.reg)):
         levels = [
@@ -125,16 +115,16 @@ def _similarity(
 ) -> dict[str, tuple[Tensor, float]]:
     """Return per column the channels' mean SSIM, (N, H, W) clipped to [0, 1], and its stride."""
     columns = {}
-    distiller = cast(SSIM, model.distillers["SSIM"])
-    if any(True for _ in model.adapters.parameters()):
+    active = model.active["SSIM"]
+    distiller = cast(SSIM, active.distiller)
+    if any(True for _ in active.adapters.parameters()):
         raise ValueError(
             "This config has adapters between student and teacher, which a student trained alone "
             "has not; give a config whose student has the teacher's channels."
         )
     for when, path in checkpoints.items():
         KDCheckpointer(model, cfg.OUTPUT_DIR).load_student(path, strict=True)
-        pairs, _ = _pairs(model, batch, "SSIM")
-        for pair in pairs[distiller.spec.name]:
+        for pair in _step(model, batch, "SSIM").pairs[distiller.spec.name]:
             values = distiller.similarity(pair).mean(1).clamp(0, 1)
             columns[f"{when}, stride {pair.stride:g}"] = (values, pair.stride)
     # The two checkpoints' maps of a level side by side.

@@ -27,11 +27,11 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from kd_det.checkpoint import KDCheckpointer
+from kd_det.checkpoint import KDCheckpointer, student_of
 from kd_det.config import student_cfg
 from kd_det.data import CheckedDatasetMapper
 from kd_det.distillation import DistillationDetector
-from kd_det.distillation.teacher import class_count
+from kd_det.distillation.classes import class_count
 from kd_det.engine.launch import distribute
 from kd_det.engine.loop import TrainingLoop
 from kd_det.engine.progress import ProgressFile, RunResult
@@ -69,7 +69,7 @@ class DistillationTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self._sampler: ResumableSampler | None = None
-        loader = self._build_train_loader(cfg)
+        loader = self._build_train_loader(cfg, class_count(student_of(model)))
         self._trainer = TrainingLoop(
             distribute(model),
             loader,
@@ -107,9 +107,9 @@ class DistillationTrainer(DefaultTrainer):
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
         return adamw(parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
-    def _build_train_loader(self, cfg: CfgNode) -> Any:
+    def _build_train_loader(self, cfg: CfgNode, classes: int | None) -> Any:
         dataset = _load_dataset(cfg)
-        _check_classes(cfg, dataset)
+        _check_classes(cfg, dataset, classes)
         if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
             self._sampler = ResumableSampler(len(dataset))
         return build_detection_train_loader(
@@ -216,15 +216,14 @@ def _load_dataset(cfg: CfgNode) -> list[dict[str, Any]]:
     return dataset
 
 
-def _check_classes(cfg: CfgNode, dataset: list[dict[str, Any]]) -> None:
+def _check_classes(cfg: CfgNode, dataset: list[dict[str, Any]], count: int | None) -> None:
     """Refuse data with more classes than the model: their labels would mean background."""
-    plain = student_cfg(cfg)
-    count = class_count(plain)
     labels = {item["category_id"] for record in dataset for item in record.get("annotations", [])}
     if count is not None and labels and max(labels) >= count:
+        model = student_cfg(cfg).MODEL.META_ARCHITECTURE
         raise ValueError(
             f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} has objects of class index {max(labels)}, "
-            f"but the {plain.MODEL.META_ARCHITECTURE} of this config predicts {count} classes; set "
+            f"but the {model} of this config predicts {count} classes; set "
             f"its NUM_CLASSES to {max(labels) + 1} or more."
         )
 

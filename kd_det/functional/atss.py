@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd_det.functional.box_overlap import aligned_iou
+from kd_det.functional.boxes import aligned_iou, box_centers, strictly_inside
 
 # Candidates of equal IoU (a box that contains them all) must not fall below their mean by rounding.
 _ROUNDING = 1e-6
@@ -88,17 +88,12 @@ def match_candidates(anchors: Tensor, gt_boxes: Tensor, candidates: Candidates) 
         (R,) int64: index of each anchor's box, -1 for background.
     """
     positive = candidates.iou + _ROUNDING >= candidates.threshold
-    positive &= _strictly_inside(box_centers(anchors[candidates.anchor]), gt_boxes)
+    positive &= strictly_inside(box_centers(anchors[candidates.anchor]), gt_boxes)
     # A column holds no anchor twice, so the scatter has one value per place.
     overlap = candidates.iou.new_full((len(anchors), len(gt_boxes)), -1.0)
     overlap.scatter_(0, candidates.anchor, candidates.iou.where(positive, -1.0))
     best, matched = overlap.max(dim=1)
     return matched.where(best >= 0, -1)
-
-
-def box_centers(boxes: Tensor) -> Tensor:
-    """Return the centres (..., 2) of boxes (..., 4)."""
-    return (boxes[..., :2] + boxes[..., 2:]) / 2
 
 
 def _nearest_per_level(anchors: Sequence[Tensor], gt_boxes: Tensor, topk: int) -> Tensor:
@@ -111,8 +106,3 @@ def _nearest_per_level(anchors: Sequence[Tensor], gt_boxes: Tensor, topk: int) -
         found.append(squared.topk(k, dim=0, largest=False).indices + start)
         start += len(level)
     return torch.cat(found)
-
-
-def _strictly_inside(points: Tensor, boxes: Tensor) -> Tensor:
-    inside = (points > boxes[..., :2]) & (points < boxes[..., 2:])
-    return inside.all(dim=-1)

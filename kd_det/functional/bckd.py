@@ -19,9 +19,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from kd_det.functional.box_overlap import aligned_giou, aligned_iou
-from kd_det.functional.distance import at_least_float32
+from kd_det.functional.boxes import aligned_giou, aligned_iou
 from kd_det.functional.focal import quality_focal_loss
+from kd_det.functional.precision import at_least_float32
 
 Overlap = Literal["giou", "iou"]
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_det.functional.box_overlap import aligned_giou, aligned_iou
-from kd_det.functional.distance import at_least_float32
+from kd_det.functional.boxes import aligned_giou, aligned_iou
 from kd_det.functional.divergence import softmax_divergence
 from kd_det.functional.moments import Scope, channel_moments, inverse_deviation
+from kd_det.functional.precision import at_least_float32
 
 BoxDistance = Literal["giou", "log_iou"]
 

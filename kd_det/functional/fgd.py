@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kd_det.functional.distance import at_least_float32
-from kd_det.functional.pgd import spatial_attention
+from kd_det.functional.attention import spatial_attention
+from kd_det.functional.precision import at_least_float32
 
 
 def foreground_mask(boxes: Sequence[Tensor], size: tuple[int, int], stride: float) -> Tensor:

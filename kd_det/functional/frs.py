@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_det.functional.distance import at_least_float32
 from kd_det.functional.moments import Scope
+from kd_det.functional.precision import at_least_float32
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd_det.functional.atss import box_centers, find_candidates, match_candidates
-from kd_det.functional.box_overlap import aligned_iou
+from kd_det.functional.atss import find_candidates, match_candidates
+from kd_det.functional.boxes import aligned_iou, box_centers
 from kd_det.functional.divergence import softmax_divergence
 
 # What the release multiplies the two regions' sums with.

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kd_det.functional.distance import at_least_float32
+from kd_det.functional.precision import at_least_float32
 
 
 class GenerationBlock(nn.Module):

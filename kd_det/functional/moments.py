@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kd_det.functional.distance import at_least_float32
+from kd_det.functional.precision import at_least_float32
 
 Scope = Literal["batch", "image"]
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kd_det.functional.distance import at_least_float32
+from kd_det.functional.precision import at_least_float32
 
 
 @torch.no_grad()

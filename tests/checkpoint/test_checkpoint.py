@@ -98,7 +98,7 @@ def test_what_sits_beside_the_student(
     assert set(content) == {"model", "trainer", "kd", "iteration"}
     assert content["iteration"] == content["trainer"]["iteration"] == 1
     kd = content["kd"]
-    assert set(kd) == {"adapters", "distillers", "teacher", "loss_normalizer"}
+    assert set(kd) == {"adapters", "auto_weights", "distillers", "teacher", "loss_normalizer"}
     assert len(kd["adapters"]) == 5
     assert kd["teacher"]["weights"] == str(tiny_teacher("fcos").weights)
     assert kd["teacher"]["config_file"] == str(tiny_teacher("fcos").config_file)

@@ -1,276 +1,272 @@
-"""Automatic weights: the specification's vectors, the course of the calibration, and its edges."""
+"""Weights that set themselves: calibration, course, freezing, several processes, resume."""
 
-import json
 import logging
 import math
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_runs
 import torch
-from torch import Tensor
-from waves import wave
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from tiny_runs import TinyTeacher
 
-from kd_det.distillation.auto_weight import HIGH, LOW, AutoWeight, default_start
-from kd_det.distillation.pull import Pull, Reading, combine, measure_pull
+from kd_det.distillation.auto_weight import AutoWeight
+from kd_det.distillation.gradient_share import pull
 
-NAN, INF = math.nan, math.inf
-# r of two processes, step by step.
-RATIOS = [(2.0, 8.0), (6.0, 6.0), (0.0, 9.0), (NAN, NAN), (32.0, 0.5)]
-LOGS = [1.386294361, 1.791759469, 2.197224577, None, 1.386294361]
-WEIGHTS = [0.125, 0.102062073, 0.083333333, 0.083333333, 0.102062073]
-NOTHING = Reading(None, 0.0, 1.0)
+Student = Callable[..., CfgNode]
+MakeTeacher = Callable[[str], TinyTeacher]
 
 
-def pull(ratio: float, detection: float = 2.0) -> Pull:
-    return Pull(torch.tensor(ratio * detection), torch.tensor(detection))
+def wave(shape: tuple[int, ...], a: float, f: float, p: float) -> torch.Tensor:
+    q = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (a * torch.sin(f * q + p)).reshape(shape)
 
 
-def reading(log_ratio: float | None) -> Reading:
-    return Reading(log_ratio, 3.0, 1.5)
+def ratio(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
-def auto(**changes: object) -> AutoWeight:
-    options: dict = {"name": "PKD", "captures": ["backbone"], "share": 0.5, "start": 0, "steps": 4}
-    return AutoWeight(**{**options, **changes})
+def _process(rank: int, folder: str) -> None:
+    """Measure the first vector as one of two gloo processes."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    auto = AutoWeight("x", 0.5, steps=99)
+    weights = []
+    for step in [(2, 8), (6, 6), (0, 9), (math.nan, math.nan), (32, 0.5)]:
+        auto.measure(ratio(step[rank]))
+        weights.append(auto.weight)
+    torch.save(weights, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
-def on_two_processes(first: list[Pull], second: list[Pull]) -> tuple[list[Reading], list[Reading]]:
-    """Combine on both, each given what the other sends."""
-    sent: list[Tensor] = []
+class TestVectors:
+    """Numbers of the specification."""
 
-    def record(x: Tensor) -> Tensor:
-        sent.append(x)
-        return x
+    def test_two_processes(self) -> None:
+        """A step counts with the mean of the logs of those processes that measured one."""
+        steps = [(2, 8), (6, 6), (0, 9), (math.nan, math.nan), (32, 0.5)]
+        other: list[float] = []
 
-    combine(first, record)
-    combine(second, record)
-    total = sent[0] + sent[1]
-    return combine(first, lambda _: total), combine(second, lambda _: total)
+        def add_the_other(values: torch.Tensor) -> torch.Tensor:
+            log = ratio(other[-1]).log()
+            finite = log.isfinite()
+            mine = torch.stack([log.where(finite, torch.zeros_like(log)), finite.double()])
+            return values + mine
 
+        auto = AutoWeight("x", 0.5, steps=99, reduce=add_the_other)
+        weights = []
+        for first, second in steps:
+            other.append(second)
+            auto.measure(ratio(first))
+            weights.append(auto.weight)
+        logs = auto.state_dict()["logs"]
+        assert logs == pytest.approx([1.386294361, 1.791759469, 2.197224577, 1.386294361])
+        assert weights[:3] == pytest.approx([0.125, 0.102062073, 0.083333333])
+        assert weights[4] == pytest.approx(0.102062073)
 
-class TestMeasurement:
-    def test_log_ratios_of_two_processes(self) -> None:
-        for (a, b), expected in zip(RATIOS, LOGS, strict=True):
-            (one,), (other,) = on_two_processes([pull(a)], [pull(b)])
-            assert one.log_ratio == other.log_ratio
-            assert one.log_ratio == (None if expected is None else pytest.approx(expected))
-
-    def test_one_process_and_many_distillers(self) -> None:
-        pulls = [pull(4.0), pull(0.0), pull(0.25), Pull(torch.tensor(1.0), torch.tensor(0.0))]
-        found = combine(pulls)
-        assert [x.log_ratio for x in found] == [
-            pytest.approx(math.log(4)),
-            None,
-            pytest.approx(-math.log(4)),
-            None,
+    def test_two_real_processes(self, tmp_path: Path) -> None:
+        # By fork: a fresh interpreter would have to find this test's module by its name.
+        workers = [
+            multiprocessing.get_context("fork").Process(target=_process, args=(rank, str(tmp_path)))
+            for rank in range(2)
         ]
-        assert found[0] == (pytest.approx(math.log(4)), 8.0, 2.0)
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+        found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+        assert found[0] == found[1]  # bit for bit
+        assert found[0] == pytest.approx(
+            [0.125, 0.102062073, 0.083333333, 0.083333333, 0.102062073]
+        )
 
-    @pytest.mark.parametrize("norms", [(INF, 1.0), (1.0, INF), (INF, INF), (NAN, 1.0)])
-    def test_overflow_is_no_measurement(self, norms: tuple[float, float]) -> None:
-        bad = Pull(*(torch.tensor(x) for x in norms))
-        assert combine([bad])[0].log_ratio is None
+    def test_clamped(self, caplog: pytest.LogCaptureFixture) -> None:
+        auto = AutoWeight("x", 1.0)
+        auto.measure(ratio(1e-12))
+        with caplog.at_level(logging.WARNING):
+            assert (auto.weight, auto.weight) == (1e6, 1e6)
+        assert [
+            r.getMessage().startswith("x: a share of 1 would need") for r in caplog.records
+        ] == [True]
 
-    def test_ratio_of_two_quadratic_losses(self) -> None:
-        features = wave((2, 3), 1, 0.5, 0).requires_grad_()
-        distilled = 0.5 * (features - 0.2).square().sum()
-        detection = 0.25 * (features + 0.4).square().sum()
-        (found,) = combine([measure_pull("PKD", distilled, detection, [features])])
-        assert found.log_ratio is not None
-        assert math.exp(found.log_ratio) == pytest.approx(1.011901787, abs=1e-9)
-        weight = auto(share=0.3)
-        weight.add(found)
-        assert weight.weight == pytest.approx(0.296471460, abs=1e-9)
-
-    def test_only_features_that_the_distiller_reaches_count_in_either_norm(self) -> None:
-        a, b = torch.tensor([3.0, 4.0], requires_grad=True), torch.ones(2, requires_grad=True)
-        frozen = torch.ones(2)
-        detection = (a * 2).sum() + (b * 100).sum() + frozen.sum()
-        found = measure_pull("PKD", a.square().sum() / 2 + frozen.sum(), detection, [a, b, frozen])
-        assert found.distilled.item() == pytest.approx(5)
-        assert found.detection.item() == pytest.approx(2 * math.sqrt(2))
-
-    def test_both_graphs_stay(self) -> None:
-        a = torch.ones(2, requires_grad=True)
-        distilled, detection = a.square().sum(), (3 * a).sum()
-        measure_pull("PKD", distilled, detection, [a])
-        (distilled + detection).backward()
-        assert a.grad is not None and a.grad.tolist() == [5, 5]
-
-    def test_a_loss_that_reaches_nothing_has_no_pull(self) -> None:
-        a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-        for distilled in (b.sum(), torch.zeros(()), 0 * a.sum()):
-            (found,) = combine([measure_pull("PKD", distilled, a.sum(), [a])])
-            assert found.log_ratio is None
-            assert found.distilled == 0
-
-    def test_small_gradients_of_float16_maps_survive(self) -> None:
-        a = torch.ones(4, dtype=torch.float16, requires_grad=True)
-        found = measure_pull("PKD", (a.float() * 1e-8).sum(), (a.float() * 1e-6).sum(), [a])
-        assert (found.distilled / found.detection).item() == pytest.approx(0.01, rel=0.01)
-
-    def test_frozen_features_are_refused(self) -> None:
-        a = torch.ones(2, requires_grad=True)
-        with pytest.raises(ValueError, match=r"KD\.PKD\.SHARE.*no gradient.*or set WEIGHT"):
-            measure_pull("PKD", a.sum(), a.sum(), [torch.ones(2)])
+    def test_ratio_of_two_losses(self) -> None:
+        feature = wave((2, 3), 1, 0.5, 0).requires_grad_()
+        distilled = 0.5 * (feature - 0.2).square().sum()
+        detection = 0.25 * (feature + 0.4).square().sum()
+        found = pull(distilled, detection, [feature])
+        assert found.ratio.item() == pytest.approx(1.011901787, rel=1e-6)
+        auto = AutoWeight("x", 0.3)
+        auto.measure(found.ratio)
+        assert auto.weight == pytest.approx(0.296471460, rel=1e-6)
 
 
 class TestCourse:
-    def test_weight_follows_the_running_median(self) -> None:
-        weight = auto()
-        assert (weight.weight, weight.phase) == (0.0, "measuring")
-        found = []
-        for log_ratio in LOGS:
-            assert weight.phase == "measuring"
-            weight.add(reading(log_ratio))
-            found.append(weight.weight)
-        assert found == pytest.approx(WEIGHTS, abs=1e-9)
-        assert weight.phase == "frozen"
+    def test_rests_then_measures_then_freezes(self) -> None:
+        auto = AutoWeight("x", 1.0, start=2, steps=3)
+        assert [auto.rests() for _ in range(4)] == [True, True, False, False]
+        for value in (1.0, 4.0, 2.0):
+            assert auto.calibrating
+            auto.measure(ratio(value))
+        assert not auto.calibrating
+        assert auto.weight == pytest.approx(0.5)
 
-    def test_rests_until_start(self) -> None:
-        weight = auto(start=2, steps=1)
-        phases = []
-        for _ in range(4):
-            phases.append(weight.phase)
-            if weight.phase == "waiting":
-                weight.wait()
-            elif weight.phase == "measuring":
-                weight.add(reading(0.0))
-        assert phases == ["waiting", "waiting", "measuring", "frozen"]
-        assert weight.weight == 0.5
+    def test_steps_without_a_gradient_do_not_count(self) -> None:
+        auto = AutoWeight("x", 1.0, steps=2)
+        for value in (0.0, math.nan, math.inf, 2.0, 0.0):
+            auto.measure(ratio(value))
+        assert auto.calibrating and auto.weight == pytest.approx(0.5)
+        auto.measure(ratio(8.0))
+        assert not auto.calibrating and auto.weight == pytest.approx(0.25)
 
-    @pytest.mark.parametrize(("max_iter", "start"), [(90000, 500), (50000, 500), (600, 6), (50, 0)])
-    def test_start_by_the_length_of_the_run(self, max_iter: int, start: int) -> None:
-        assert default_start(max_iter) == start
+    def test_never_a_gradient_is_an_error_that_says_where(self) -> None:
+        auto = AutoWeight("SSIM", 1.0, captured="backbone", steps=2)
+        for _ in range(19):
+            auto.measure(ratio(0.0))
+        assert auto.weight == 0
+        message = r"SSIM: its loss has had no gradient at backbone in 20 steps.*set its WEIGHT"
+        with pytest.raises(ValueError, match=message):
+            auto.measure(ratio(0.0))
 
-    @pytest.mark.parametrize(("ratio", "expected"), [(1e-12, HIGH), (1e12, LOW), (1e-300, HIGH)])
-    def test_extreme_ratios_are_clamped_with_one_warning(
-        self, ratio: float, expected: float, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        weight = auto(share=1.0)
-        for _ in range(2):
-            weight.add(reading(math.log(ratio)))
-        assert weight.weight == expected
-        assert len(caplog.messages) == 1
-        assert f"held at {expected:g}" in caplog.text
-        assert "norms 3 and 1.5" in caplog.text
-
-    def test_freezing_logs_once(self, caplog: pytest.LogCaptureFixture) -> None:
-        weight = auto(steps=2)
-        with caplog.at_level(logging.INFO):
-            weight.add(reading(1.0))
-            assert not caplog.messages
-            weight.add(reading(2.0))
-        expected = 0.5 * math.exp(-1.5)
-        assert caplog.messages == [
-            f"KD.PKD: automatic weight {expected:.4g} (log {math.log(expected):.3f}) for a share "
-            "of 0.5, from 2 measurements: median of the log ratio at unit weight 1.500, spread "
-            "1.000."
-        ]
-
-    @pytest.mark.parametrize(("spread", "warns"), [(99.0, False), (101.0, True)])
-    def test_a_wide_spread_warns(
-        self, spread: float, warns: bool, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        weight = auto(steps=2)
-        weight.add(reading(0.0))
-        weight.add(reading(math.log(spread)))
-        assert ("varied by a factor of" in caplog.text) is warns
-
-    def test_no_gradient_at_all_is_an_error_that_names_what_was_captured(self) -> None:
-        weight = auto(start=3, captures=["backbone", "head.cls_score"])
-        for _ in range(3):
-            weight.wait()
-        for _ in range(39):
-            weight.add(NOTHING)
-        with pytest.raises(
-            RuntimeError,
-            match=r"KD\.PKD\.SHARE: its loss has no gradient at backbone, head\.cls_score .* any "
-            r"of 40 iterations; last norms 0 and 1\. Set WEIGHT instead",
-        ):
-            weight.add(NOTHING)
-
-    def test_rare_measurements_are_waited_for(self) -> None:
-        weight = auto()
-        for i in range(200):
-            weight.add(reading(0.0) if i in (30, 150) else NOTHING)
-        assert (weight.phase, weight.weight) == ("measuring", 0.5)
-
-    def test_a_schedule_that_stops_early_freezes_what_was_measured(self) -> None:
-        weight = auto()
-        weight.add(reading(math.log(4)))
-        weight.stop()
-        assert (weight.phase, weight.weight) == ("frozen", pytest.approx(0.125))
-
-    def test_a_schedule_that_stops_before_anything_was_measured_warns_once(
+    def test_stopped_early_is_frozen_by_what_there_is(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        weight = auto(start=5)
-        weight.wait()
-        weight.stop()
-        weight.stop()
-        assert weight.weight == 0
-        assert len(caplog.messages) == 1
-        assert "KD.PKD: its schedule stopped before" in caplog.text
+        auto = AutoWeight("x", 1.0)
+        auto.freeze()
+        assert auto.calibrating and "was never active" in caplog.text
+        auto.measure(ratio(4.0))
+        auto.freeze()
+        assert not auto.calibrating and auto.weight == pytest.approx(0.25)
 
-    @pytest.mark.parametrize("share", [0.0, -1.0, NAN, INF])
-    def test_shares_that_are_none(self, share: float) -> None:
-        with pytest.raises(ValueError, match=r"KD\.PKD\.SHARE is .*, expected a number above 0"):
-            auto(share=share)
+    def test_a_wide_spread_is_warned_about(self, caplog: pytest.LogCaptureFixture) -> None:
+        auto = AutoWeight("x", 1.0, steps=2)
+        auto.measure(ratio(0.01))
+        auto.measure(ratio(2.0))
+        assert "up to 200 times apart" in caplog.text
 
-    def test_courses_that_are_none(self) -> None:
-        for wrong in ({"steps": 0}, {"start": -1}):
-            with pytest.raises(ValueError, match="expected at least 0 and 1"):
-                auto(**wrong)
+    @pytest.mark.parametrize("share", [0.0, -1.0, math.nan, math.inf])
+    def test_share_out_of_range(self, share: float) -> None:
+        with pytest.raises(ValueError, match="SHARE must be finite and > 0"):
+            AutoWeight("x", share)
 
 
-class TestState:
-    @pytest.mark.parametrize("stop", range(7))
-    def test_resuming_anywhere_gives_the_same_weights(self, stop: int) -> None:
-        course = [None, 1.0, 0.2, None, 3.0, 0.7, 9.0]
+def test_resume_in_the_middle_equals_the_uninterrupted_one() -> None:
+    values = [3.0, 0.0, 5.0, 0.2, 7.0, 1.0]
+    whole = AutoWeight("x", 0.7, start=1, steps=4)
+    weights = []
+    for i in range(7):
+        if not whole.rests() and i <= 6:
+            whole.measure(ratio(values[i - 1]))
+        weights.append(whole.weight)
 
-        def go(weight: AutoWeight, steps: list[float | None]) -> list[float]:
-            found = []
-            for value in steps:
-                if weight.phase == "waiting":
-                    weight.wait()
-                elif weight.phase == "measuring":
-                    weight.add(reading(value))
-                found.append(weight.weight)
-            return found
-
-        expected = go(auto(start=1), course)
-        first, second = auto(start=1), auto(start=1)
-        found = go(first, course[:stop])
-        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        assert found + go(second, course[stop:]) == expected
-        assert second.phase == "frozen"
-
-    def test_another_share_rescales_exactly(self, caplog: pytest.LogCaptureFixture) -> None:
-        first, second = auto(share=0.25), auto(share=1.0)
-        for value in (0.3, 1.7, 0.9, 0.4):
-            first.add(reading(value))
-        with caplog.at_level(logging.INFO):
+    first, second = (AutoWeight("x", 0.7, start=1, steps=4) for _ in range(2))
+    resumed = []
+    for i in range(7):
+        auto = first if i < 3 else second
+        if i == 3:
             second.load_state_dict(first.state_dict())
-        assert second.weight == 4 * first.weight
-        assert "KD.PKD.SHARE is now 1, it was 0.25" in caplog.text
+        if not auto.rests():
+            auto.measure(ratio(values[i - 1]))
+        resumed.append(auto.weight)
+    assert resumed == weights
+    assert not second.calibrating
 
-    def test_the_patience_goes_on(self) -> None:
-        first, second = auto(steps=1), auto(steps=1)
-        for _ in range(9):
-            first.add(NOTHING)
-        second.load_state_dict(first.state_dict())
-        with pytest.raises(RuntimeError, match="no gradient"):
-            second.add(NOTHING)
 
-    def test_fewer_steps_after_resuming_freeze_at_once(self) -> None:
-        first, second = auto(), auto(steps=2)
-        for value in (0.0, 1.0, 2.0):
-            first.add(reading(value))
-        second.load_state_dict(first.state_dict())
-        assert second.phase == "frozen"
-        assert second.weight == first.weight
+def test_another_share_after_resume_rescales_exactly(caplog: pytest.LogCaptureFixture) -> None:
+    auto = AutoWeight("x", 1.0, steps=1)
+    auto.measure(ratio(3.0))
+    other = AutoWeight("x", 2.0, steps=1)
+    with caplog.at_level(logging.INFO):
+        other.load_state_dict(auto.state_dict())
+    assert other.weight == 2 * auto.weight
+    assert "SHARE was 1 and is 2 now" in caplog.text
 
-    def test_the_weight_is_not_in_the_state(self) -> None:
-        weight = auto(steps=1)
-        weight.add(reading(1.0))
-        assert weight.state_dict() == {"share": 0.5, "seen": 1, "measured": [1.0], "median": 1.0}
+
+class TestInARun:
+    def keys(self, **more: Any) -> dict[str, Any]:
+        return {"KD.FEATURE_LP.WEIGHT": None, "SOLVER.MAX_ITER": 5, **more}
+
+    def test_the_share_is_reached_at_once(
+        self,
+        tiny_student: Student,
+        tiny_teacher: MakeTeacher,
+        tiny_records: list[dict[str, Any]],
+    ) -> None:
+        keys = self.keys(**{"KD.FEATURE_LP.SHARE": 0.4, "KD.GRAD_SHARE_PERIOD": 1})
+        cfg = tiny_student("fcos", tiny_teacher("fcos"), keys)
+        model = build_model(cfg)
+        _, storage = tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records), 0)
+        assert storage.history("kd/feature_lp/grad_share").latest() == pytest.approx(0.4, rel=1e-4)
+        assert -1 <= storage.history("kd/feature_lp/cosine").latest() <= 1
+
+    def test_killed_in_calibration_it_goes_on_as_if_nothing_were(
+        self, tiny_student: Student, tiny_teacher: MakeTeacher, tmp_path: Path
+    ) -> None:
+        keys = {
+            "KD.DISTILLERS": ["FeatureLp", "SSIM"],
+            "SOLVER.CHECKPOINT_PERIOD": 1,
+            "INPUT.RANDOM_FLIP": "none",
+        }
+        runs = []
+        for name in ("whole", "killed"):
+            folder = {"OUTPUT_DIR": str(tmp_path / name)}
+            cfg = tiny_student("fcos", tiny_teacher("fcos"), self.keys(**keys, **folder), name)
+            runs.append(cfg)
+        whole, recorder = tiny_runs.train(runs[0])
+        tiny_runs.train(runs[1], until=3)
+        killed, rest = tiny_runs.train(runs[1], resume=True)
+        assert [len(recorder.steps), len(rest.steps)] == [5, 2]
+        for key in ("kd/feature_lp/weight", "kd/ssim/weight"):
+            weights = [step[key] for step in recorder.steps]
+            assert all(w > 0 for w in weights)
+            assert [step[key] for step in rest.steps] == weights[3:]
+        states = [t._trainer.model.state_dict() for t in (whole, killed)]
+        assert tiny_runs.equal_states(*states)
+        saved = torch.load(tmp_path / "killed" / "model_final.pth")["kd"]["auto_weights"]
+        assert {name: len(state["logs"]) for name, state in saved.items()} == {
+            "FeatureLp": 5,
+            "SSIM": 5,
+        }
+
+    def test_a_weight_and_a_share_are_refused(
+        self, tiny_student: Student, tiny_teacher: MakeTeacher
+    ) -> None:
+        keys = {"KD.FEATURE_LP.WEIGHT": 2.0, "KD.FEATURE_LP.SHARE": 0.5}
+        message = r"KD.FEATURE_LP.WEIGHT is 2.0 and KD.FEATURE_LP.SHARE 0.5"
+        with pytest.raises(ValueError, match=message):
+            build_model(tiny_student("fcos", tiny_teacher("fcos"), keys))
+
+    def test_what_cannot_be_moved_is_refused_at_the_first_step(
+        self,
+        tiny_student: Student,
+        tiny_teacher: MakeTeacher,
+        tiny_records: list[dict[str, Any]],
+    ) -> None:
+        keys = self.keys(**{"KD.FEATURE_LP.STUDENT_CAPTURE": "backbone.bottom_up"})
+        keys["KD.FEATURE_LP.TEACHER_CAPTURE"] = "backbone.bottom_up"
+        cfg = tiny_student("fcos", tiny_teacher("fcos"), keys)
+        model = build_model(cfg)
+        model.student.backbone.bottom_up.requires_grad_(False)
+        with pytest.raises(ValueError, match=r"carries no gradient, so the distiller cannot move"):
+            tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records), 0)
+
+    def test_bfloat16_gives_nearly_the_same_weight(
+        self,
+        tiny_student: Student,
+        tiny_teacher: MakeTeacher,
+        tiny_records: list[dict[str, Any]],
+    ) -> None:
+        cfg = tiny_student("fcos", tiny_teacher("fcos"), self.keys())
+        batch = tiny_runs.batch_of(cfg, tiny_records)
+        weights = []
+        for enabled in (False, True):
+            torch.manual_seed(1)
+            model = build_model(cfg)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                _, storage = tiny_runs.losses_at(model, batch, 0)
+            weights.append(storage.history("kd/feature_lp/weight").latest())
+        assert weights[1] == pytest.approx(weights[0], rel=0.1)

@@ -13,8 +13,8 @@ from kd_det.config import load_config
 from kd_det.data import CheckedDatasetMapper
 from kd_det.distillation.detector import targets_of
 from kd_det.distillers import PGD
+from kd_det.distillers.predictions import decode_dense
 from kd_det.engine.main import main
-from kd_det.modeling.dense.predictions import decode_dense
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "crowdhuman"
 TINY = ["DATALOADER.NUM_WORKERS", "0", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from waves import assert_float32_whatever_autocast_says, random, wave
 
 from kd_det.functional.bckd import classification_loss, localization_loss
-from kd_det.functional.box_overlap import aligned_giou, aligned_iou
+from kd_det.functional.boxes import aligned_giou, aligned_iou
 from kd_det.functional.scores import score_gap
 
 ZS, ZT = wave((1, 4, 3), 2, 0.9, 0.2), wave((1, 4, 3), 3, 0.7, 1.1)

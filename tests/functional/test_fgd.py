@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from waves import assert_float32_whatever_autocast_says, random, wave
 
+from kd_det.functional.attention import spatial_attention
 from kd_det.functional.fgd import (
     GlobalContext,
     GlobalRelation,
@@ -15,7 +16,6 @@ from kd_det.functional.fgd import (
     focal_terms,
     foreground_mask,
 )
-from kd_det.functional.pgd import spatial_attention
 
 S, T = wave((2, 4, 4, 6), 1, 0.1, 0), wave((2, 4, 4, 6), 1.2, 0.17, 0.3)
 BOXES = [torch.tensor([[4.0, 4, 20, 12], [10, 8, 40, 30]]), torch.zeros(0, 4)]

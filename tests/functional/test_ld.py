@@ -15,13 +15,13 @@ from kd_det.functional.ld import (
     localization_loss,
     square_anchors,
 )
-from kd_det.functional.level_grid import Level, grid_positions
+from kd_det.functional.level_grid import Grid, grid_positions
 
 ZS, ZT = wave((1, 2, 4, 5), 2, 0.31, 0), wave((1, 2, 4, 5), 2.5, 0.23, 0.4)
 W = torch.tensor([[0.9, 0.4]], dtype=torch.float64)
 V = torch.tensor([[0.5, 0.2]], dtype=torch.float64)
 CS, CT = wave((1, 3, 3), 2, 0.9, 0.2), wave((1, 3, 3), 3, 0.7, 1.1)
-GRIDS = [Level(6, 6, 8), Level(3, 3, 16)]
+GRIDS = [Grid(6, 6, 8), Grid(3, 3, 16)]
 ANCHORS = [square_anchors(grid_positions([grid]), 2 * grid.stride) for grid in GRIDS]
 BOXES = torch.tensor([[5, 6, 28, 21], [20, 14, 46, 45]]).double()
 

@@ -1,4 +1,11 @@
-"""The positives of a batch by adaptive training sample selection (`functional.atss`)."""
+"""
+Adaptive training sample selection (Zhang et al., CVPR 2020, algorithm 1).
+
+For each ground-truth box g: the k anchors of every level whose centres are closest to g's centre
+are its candidates; those with IoU >= mean + standard deviation of the candidates' IoU, and with
+their centre inside g, are positive. An anchor that is positive for several boxes goes to the one it
+overlaps most.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_det.functional.atss import atss_assign, box_centers
-
-__all__ = ["Positives", "atss_assign", "box_centers", "find_positives"]
+from kd_det.functional.atss import atss_assign
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ transpose.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,17 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WINDOWS = ("gaussian", "box")
-BORDERS = ("reflect", "renorm", "valid")
-
-
-class WindowSpec(NamedTuple):
-    """What a window looks like, whatever the map."""
-
-    size: int  # odd number of taps
-    sigma: float  # of the Gaussian, in positions
-    kind: str  # one of WINDOWS
-    border: str  # one of BORDERS
+from kd_det.functional._ssim.options import SSIMOptions
 
 
 class _Axis(NamedTuple):
@@ -71,7 +59,7 @@ class SeparableWindow(NamedTuple):
 
 
 def separable_window(
-    spec: WindowSpec,
+    options: SSIMOptions,
     height: int,
     width: int,
     *,
@@ -83,9 +71,9 @@ def separable_window(
     Build the window for one map size.
 
     Args:
-        spec: the window and its border rule. "reflect" mirrors positions outside the map about its
-            border position, again and again if need be (period 2(n - 1)), so any window fits any
-            map; "renorm" drops them and rescales the window to unit sum; "valid" keeps only the
+        options: the window and its border rule. "reflect" mirrors positions outside the map about
+            its border position, again and again if need be (period 2(n - 1)), so any window fits
+            any map; "renorm" drops them and rescales the window to unit sum; "valid" keeps only the
             outputs whose window lies inside the map, which must not be smaller than the window.
         height: rows of the map.
         width: columns of the map.
@@ -98,43 +86,44 @@ def separable_window(
         The window, with `smooth` and `adjoint`.
     """
     if extent is None:
-        rows, rows_adjoint = _axis_pair(spec, height, device, dtype)
-        columns, columns_adjoint = _axis_pair(spec, width, device, dtype)
+        rows, rows_adjoint = _axis_pair(options, height, device, dtype)
+        columns, columns_adjoint = _axis_pair(options, width, device, dtype)
     else:
-        rows, rows_adjoint = _build_axis_pair(spec, height, device, dtype, extent[0])
-        columns, columns_adjoint = _build_axis_pair(spec, width, device, dtype, extent[1])
+        rows, rows_adjoint = _build_axis_pair(options, height, device, dtype, extent[0])
+        columns, columns_adjoint = _build_axis_pair(options, width, device, dtype, extent[1])
     return SeparableWindow(rows, columns, rows_adjoint, columns_adjoint)
 
 
-def window_matrix(spec: WindowSpec, length: int, extent: Tensor) -> Tensor:
+def window_matrix(options: SSIMOptions, length: int, extent: Tensor | None = None) -> Tensor:
     """
     Write the smoothing of one axis as a matrix.
 
     Args:
-        spec: the window and its border rule.
+        options: the window and its border rule.
         length: positions along the axis.
         extent: scalar integer tensor, 1 to length: the positions that the border rule takes for the
-            whole map.
+            whole map. None: all.
 
     Returns:
         float64 matrix (outputs, length). Each row sums to 1, rows beyond the extent to 0.
     """
-    reach = spec.size // 2
+    extent = torch.tensor(length) if extent is None else extent
+    reach = options.window_size // 2
     offset = torch.arange(-reach, reach + 1, device=extent.device)
     taps = torch.ones_like(offset, dtype=torch.float64)
-    if spec.kind == "gaussian":
-        taps = torch.exp(-(offset.to(torch.float64) ** 2) / (2 * spec.sigma**2))
+    if options.window == "gaussian":
+        taps = torch.exp(-(offset.to(torch.float64) ** 2) / (2 * options.sigma**2))
     taps = taps / taps.sum()
 
-    first, outputs = (reach, length - 2 * reach) if spec.border == "valid" else (0, length)
+    first, outputs = (reach, length - 2 * reach) if options.border == "valid" else (0, length)
     centre = first + torch.arange(outputs, device=extent.device)[:, None]
     position = centre + offset
     weight = taps.expand(position.shape)
-    if spec.border == "reflect":
+    if options.border == "reflect":
         period = (2 * (extent - 1)).clamp_min(1)
         position = position % period
         position = torch.where(position < extent, position, period - position)
-    elif spec.border == "renorm":
+    elif options.border == "renorm":
         weight = weight * ((position >= 0) & (position < extent))
         weight = weight / weight.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         position = position.clamp(0, length - 1)
@@ -142,47 +131,25 @@ def window_matrix(spec: WindowSpec, length: int, extent: Tensor) -> Tensor:
     return matrix.scatter_add_(1, position, weight * (centre < extent))
 
 
-@contextmanager
-def full_float32_matmul() -> Iterator[None]:
-    """Keep TF32 and bfloat16 out of float32 matrix products, whatever the process allows."""
-    # Since torch 2.9; the older functions below raise once a program has used these.
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        saved = [matmul.fp32_precision for matmul in matmuls]
-        try:
-            for matmul in matmuls:
-                matmul.fp32_precision = "ieee"
-            yield
-        finally:
-            for matmul, precision in zip(matmuls, saved, strict=True):
-                matmul.fp32_precision = precision
-    else:
-        precision = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-
-
 # Sizes of a data set repeat from step to step, and building a matrix costs a dozen small kernels.
-@lru_cache(maxsize=1024)
+# Sides of p3 to p7 of images up to 1344 pixels are 168 different numbers at most, of up to 120 kB.
+@lru_cache(maxsize=256)
 def _axis_pair(
-    spec: WindowSpec, length: int, device: torch.device, dtype: torch.dtype
+    options: SSIMOptions, length: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[_Axis, _Axis]:
-    return _build_axis_pair(spec, length, device, dtype, torch.tensor(length, device=device))
+    return _build_axis_pair(options, length, device, dtype, torch.tensor(length, device=device))
 
 
 def _build_axis_pair(
-    spec: WindowSpec, length: int, device: torch.device, dtype: torch.dtype, extent: Tensor
+    options: SSIMOptions, length: int, device: torch.device, dtype: torch.dtype, extent: Tensor
 ) -> tuple[_Axis, _Axis]:
-    matrix = window_matrix(spec, length, extent).to(dtype)
-    shift = spec.size // 2 if spec.border == "valid" else 0
+    matrix = window_matrix(options, length, extent).to(dtype)
+    shift = options.window_size // 2 if options.border == "valid" else 0
     # 16 was the fastest on CPU (blocks of 16 x 26 for 11 taps); a GPU prefers fewer launches.
     step = 16 if device.type == "cpu" else 64
     return (
-        _band(matrix, spec.size // 2, shift, step),
-        _band(matrix.t(), spec.size // 2, -shift, step),
+        _band(matrix, options.window_size // 2, shift, step),
+        _band(matrix.t(), options.window_size // 2, -shift, step),
     )
 
 

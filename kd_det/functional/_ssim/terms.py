@@ -15,16 +15,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Constants of Wang et al. for maps in [0, 1]: they keep both quotients finite.
+C1 = 0.01**2
+C2 = 0.03**2
+
 # Added to a variance, in units of C2, before its root: keeps the slope finite on flat patches where
 # contrast or structure is taken alone.
-_STD_EPS = 1e-7
+STD_EPS = 1e-7
 
 
 def similarity(
     smooth: Tensor,
     means: tuple[Tensor, Tensor],
     exponents: tuple[int, int, int],
-    constants: tuple[float, float],
     *,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -36,13 +39,11 @@ def similarity(
             (H, 5, K, W) with s^2 and t^2 apart if contrast or structure stands alone. Overwritten.
         means: the constants of s and of t, (K, 1).
         exponents: (luminance, contrast, structure), each 0 or 1.
-        constants: C1 and C2.
         out: flat space for the slopes.
 
     Returns:
         SSIM (H, K, W), and its slopes P, Q, R (H, 3, K, W), a view of `out`.
     """
-    c1, c2 = constants
     smooth_s, smooth_t, product, square, *square_t = smooth.unbind(1)
     h, k, w = smooth_s.shape
     slopes = out[: 3 * h * k * w].view(h, 3, k, w)
@@ -53,12 +54,12 @@ def similarity(
     if square_t:
         variance_t = square_t[0].addcmul_(smooth_t, smooth_t, value=-1)
         term = _contrast_term if contrast else _structure_term
-        value, *by = term(variance, variance_t, covariance, c2)
+        value, *by = term(variance, variance_t, covariance)
         by_variance.copy_(by[0])
         by_covariance.copy_(by[1])
     elif contrast and structure:
-        below = variance.addcmul_(smooth_t, smooth_t, value=-1).add_(c2)  # of both maps
-        value = covariance.mul_(2).add_(c2).div_(below)
+        below = variance.addcmul_(smooth_t, smooth_t, value=-1).add_(C2)  # of both maps
+        value = covariance.mul_(2).add_(C2).div_(below)
         torch.div(value, below, out=by_variance).neg_()
         torch.reciprocal(below, out=by_covariance).mul_(2)
     else:
@@ -67,8 +68,8 @@ def similarity(
 
     if luminance:
         mean_s, mean_t = smooth_s + means[0], smooth_t + means[1]
-        below = (mean_s * mean_s).addcmul_(mean_t, mean_t).add_(c1)
-        luminance_term = (mean_s * mean_t).mul_(2).add_(c1).div_(below)
+        below = (mean_s * mean_s).addcmul_(mean_t, mean_t).add_(C1)
+        luminance_term = (mean_s * mean_t).mul_(2).add_(C1).div_(below)
         torch.addcmul(mean_t, mean_s, luminance_term, value=-1, out=by_mean)
         by_mean.mul_(value).div_(below).mul_(2)
         slopes[:, 1:] *= luminance_term[:, None]
@@ -82,17 +83,17 @@ def similarity(
 _Term = tuple[Tensor, Tensor, Tensor]  # value, slope for the student's variance, for the covariance
 
 
-def _contrast_term(variance_s: Tensor, variance_t: Tensor, covariance: Tensor, c2: float) -> _Term:
-    std_s, std_t = (x.clamp_min(0).add(_STD_EPS * c2).sqrt() for x in (variance_s, variance_t))
-    below = std_s**2 + std_t**2 + c2
-    value = (2 * std_s * std_t + c2) / below
+def _contrast_term(variance_s: Tensor, variance_t: Tensor, covariance: Tensor) -> _Term:
+    std_s, std_t = (x.clamp_min(0).add(STD_EPS * C2).sqrt() for x in (variance_s, variance_t))
+    below = std_s**2 + std_t**2 + C2
+    value = (2 * std_s * std_t + C2) / below
     by_std = 2 * (std_t - value * std_s) / below
     return value, by_std * (variance_s > 0) / (2 * std_s), torch.zeros_like(covariance)
 
 
-def _structure_term(variance_s: Tensor, variance_t: Tensor, covariance: Tensor, c2: float) -> _Term:
-    std_s, std_t = (x.clamp_min(0).add(_STD_EPS * c2).sqrt() for x in (variance_s, variance_t))
-    below = std_s * std_t + c2 / 2
-    value = (covariance + c2 / 2) / below
+def _structure_term(variance_s: Tensor, variance_t: Tensor, covariance: Tensor) -> _Term:
+    std_s, std_t = (x.clamp_min(0).add(STD_EPS * C2).sqrt() for x in (variance_s, variance_t))
+    below = std_s * std_t + C2 / 2
+    value = (covariance + C2 / 2) / below
     by_std = -value * std_t / below
     return value, by_std * (variance_s > 0) / (2 * std_s), 1 / below

@@ -1,5 +1,5 @@
 """
-Feature errors weighted by the teacher's attention over channels, as fast as memory allows.
+Attention over channels and positions, and the feature differences it weights.
 
 Everything in PGD's losses that is as large as the features happens here, in one autograd function
 that keeps nothing but references to them; what comes out are maps of one number per position.
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from kd_det.functional.precision import working_dtype
 
 
 def channel_attention(features: Tensor, tau: float) -> Tensor:
@@ -25,6 +27,27 @@ def channel_attention(features: Tensor, tau: float) -> Tensor:
     """
     # In place, since this is as large as the features.
     return features.abs().div_(tau).softmax(1).mul_(features.shape[1])
+
+
+def spatial_attention(magnitude: Tensor, tau: float, valid: Tensor | None = None) -> Tensor:
+    """
+    Compare the positions of each image.
+
+    Args:
+        magnitude: mean over channels of the features' absolute values, (N, H, W).
+        tau: temperature, above 0; smaller values sharpen.
+        valid: (N, H, W) bool; other positions take no part and get 0.
+
+    Returns:
+        P * softmax_p(magnitude / tau), (N, H, W), for an image of P (valid) positions; sums to P.
+    """
+    logits = (magnitude / tau).flatten(1)
+    if valid is None:
+        return (logits.softmax(1) * logits.shape[1]).view_as(magnitude)
+    inside = valid.flatten(1)
+    # The smallest number instead of -inf: a level without any valid position gives 0, not NaN.
+    logits = logits.masked_fill(~inside, torch.finfo(logits.dtype).min)
+    return (logits.softmax(1) * inside * inside.sum(1, keepdim=True)).view_as(magnitude)
 
 
 class Comparison(NamedTuple):
@@ -44,9 +67,25 @@ class Comparison(NamedTuple):
     teacher_magnitude: Tensor
 
 
+def plain_comparison(student: Tensor, teacher: Tensor, tau: float) -> Comparison:
+    """Do as `compare_features` does, with all that autograd keeps of it."""
+    teacher = teacher.detach()
+    attention, teacher_attention = (
+        x.shape[1] * (x.abs() / tau).softmax(1) for x in (student, teacher)
+    )
+    return Comparison(
+        error=(teacher_attention * (student - teacher) ** 2).sum(1),
+        attention_distance=(attention - teacher_attention).abs().sum(1),
+        student_magnitude=student.abs().mean(1),
+        teacher_magnitude=teacher.abs().mean(1),
+    )
+
+
 def compare_features(student: Tensor, teacher: Tensor, tau: float) -> Comparison:
     """
     Reduce the difference of two feature maps to what PGD's losses need at each position.
+
+    `plain_comparison` says how; this gives the same and keeps only references to the features.
 
     Args:
         student, teacher: (N, C, H, W), any floating dtype; computed in float32 or wider.
@@ -125,5 +164,5 @@ def _rows_per_block(features: Tensor) -> int:
 
 
 def _wide(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    dtype = working_dtype(student, teacher)
     return student.to(dtype), teacher.to(dtype)

@@ -1,16 +1,16 @@
-"""decode_dense equals what each detector decodes itself, and is open to new detectors."""
+"""The decoder of each detector gives what the detector decodes itself."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.structures import ImageList
 from tiny_dense import CLASSES, build_tiny
 from torch import Tensor, nn
 
-from kd_det.modeling.dense.predictions import DensePredictions, decode_dense, register_decoder
+from kd_det.distillers.predictions import decoder_of
+from kd_det.modeling.dense.single_anchor import SingleAnchorDetector
 
 SIZES = [(8, 12), (4, 6), (2, 3)]
 ATSS_IOU = ("MODEL.ATSS.QUALITY_BRANCH", "iou")
@@ -39,9 +39,10 @@ def build_lively(name: str, opts: tuple[Any, ...]) -> tuple[nn.Module, list[Tens
 
 
 def keep_everything(model: nn.Module) -> None:
-    if hasattr(model, "inference_settings"):
-        settings = vars(model.inference_settings)
-        settings.update(score_thresh=0.0, topk_candidates=10**6, nms_thresh=1.1, max_detections=50)
+    if isinstance(model, SingleAnchorDetector):
+        everything = {"score_thresh_test": 0.0, "topk_candidates_test": 10**6}
+        model.options = replace(model.options, nms_thresh_test=1.1, **everything)
+        model.max_detections = 50
     else:
         model.test_score_thresh, model.test_topk_candidates = 0.0, 10**6
         model.test_nms_thresh, model.max_detections_per_image = 1.1, 50
@@ -50,7 +51,7 @@ def keep_everything(model: nn.Module) -> None:
 @every_detector
 def test_boxes_are_those_the_detector_decodes(name: str, opts: tuple[Any, ...]) -> None:
     model, features, outputs = build_lively(name, opts)
-    decoded = decode_dense(model, outputs)
+    decoded = decoder_of(model)(outputs)
     keep_everything(model)
     images = ImageList(torch.zeros(2, 3, 64, 96), [(64, 96)] * 2)
     # Detectron2's FCOS applies the sigmoid in place.
@@ -71,13 +72,12 @@ def test_boxes_are_those_the_detector_decodes(name: str, opts: tuple[Any, ...]) 
 
 
 @every_detector
-def test_shapes_positions_and_strides(name: str, opts: tuple[Any, ...]) -> None:
+def test_shapes_offsets_and_strides(name: str, opts: tuple[Any, ...]) -> None:
     model, _, outputs = build_lively(name, opts)
-    decoded = decode_dense(model, outputs)
+    decoded = decoder_of(model)(outputs)
     anchors = 2 if name == "retinanet" else 1
     # Detectron2's FCOS centres its anchors in their cells; the others' default offset is 0.
     offset = 0.5 if name == "fcos" else 0.0
-    assert decoded.anchors_per_position == anchors
     assert decoded.strides == [8.0, 16.0, 32.0]
     assert decoded.sizes == SIZES
     assert decoded.offset == offset
@@ -85,13 +85,6 @@ def test_shapes_positions_and_strides(name: str, opts: tuple[Any, ...]) -> None:
         rows = height * width * anchors
         assert decoded.logits[level].shape == (2, rows, CLASSES)
         assert decoded.boxes[level].shape == (2, rows, 4)
-        stride = decoded.strides[level]
-        expected = [
-            [(x + offset) * stride, (y + offset) * stride]
-            for y in range(height)
-            for x in range(width)
-        ]
-        assert decoded.positions[level].tolist() == expected
 
 
 @every_detector
@@ -99,7 +92,7 @@ def test_outputs_stay_and_gradients_flow(name: str, opts: tuple[Any, ...]) -> No
     model, features, _ = build_lively(name, opts)
     outputs = model.train().head(features)
     before = [[x.detach().clone() for x in levels] for levels in outputs]
-    decoded = decode_dense(model, outputs)
+    decoded = decoder_of(model)(outputs)
     (torch.cat(decoded.logits, 1).sum() + torch.cat(decoded.boxes, 1).sum()).backward()
     assert model.head.cls_score.weight.grad.any() and model.head.bbox_pred.weight.grad.any()
     for levels, copies in zip(outputs, before, strict=True):
@@ -112,36 +105,16 @@ def test_boxes_are_float32_under_autocast(name: str, opts: tuple[Any, ...]) -> N
     half = [[x.bfloat16() for x in levels] for levels in outputs]
     rounded = [[x.float() for x in levels] for levels in half]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = decode_dense(model, half)
-    for boxes, expected in zip(found.boxes, decode_dense(model, rounded).boxes, strict=True):
+        found = decoder_of(model)(half)
+    for boxes, expected in zip(found.boxes, decoder_of(model)(rounded).boxes, strict=True):
         torch.testing.assert_close(boxes, expected)
 
 
-def decode_nothing(model: nn.Module, head_outputs: Any) -> DensePredictions:
-    return DensePredictions([], [], [], [4.0], [], 0.5, 1)
-
-
-def test_a_new_detector_is_one_function() -> None:
-    class Parent(nn.Module):
-        pass
-
-    class Child(Parent):
-        pass
-
-    with pytest.raises(TypeError, match=r"dense predictions of Child; known are .*FCOS, RetinaNet"):
-        decode_dense(Child(), [])
-    register_decoder(Parent)(decode_nothing)
-    assert decode_dense(Child(), []).strides == [4.0]
-
-    def decode_child(model: nn.Module, head_outputs: Any) -> DensePredictions:
-        return DensePredictions([], [], [], [2.0], [], 0.5, 1)
-
-    register_decoder(Child)(decode_child)
-    assert decode_dense(Child(), []).strides == [2.0]
-    assert decode_dense(Parent(), []).strides == [4.0]
-
-
-def test_a_second_decoder_is_refused() -> None:
-    register: Callable[..., Any] = register_decoder(FCOS)
-    with pytest.raises(ValueError, match="FCOS has a decoder already"):
-        register(decode_nothing)
+def test_levels_with_different_numbers_of_anchors_are_refused() -> None:
+    model, _, outputs = build_lively("retinanet", RETINANET)
+    outputs[0][1] = outputs[0][1][:, :CLASSES]
+    outputs[1][1] = outputs[1][1][:, :4]
+    anchors = dict(model.anchor_generator.cell_anchors.named_buffers())
+    setattr(model.anchor_generator.cell_anchors, "1", anchors["1"][:1])
+    with pytest.raises(ValueError, match=r"different numbers of anchors .*: \[2, 1, 2\]"):
+        decoder_of(model)(outputs)

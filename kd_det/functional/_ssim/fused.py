@@ -3,7 +3,7 @@ SSIM of feature maps and its gradient in one pass over chunks of channels.
 
 The loss is a mean, so its gradient is known up to one factor as soon as the forward pass is done:
 it is formed right there, and is the only map kept for the backward pass. With G the window, G' its
-transpose and P, Q, R the slopes of SSIM for G s, G s^2 and G s t (see ssim_terms.py):
+transpose and P, Q, R the slopes of SSIM for G s, G s^2 and G s t (see terms.py):
 
     dSSIM/ds = G'P + 2 s G'Q + t G'R
 
@@ -21,32 +21,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kd_det.functional.min_max import MinMax, min_max, min_max_backward
-from kd_det.functional.ssim_terms import similarity
-from kd_det.functional.window import (
-    SeparableWindow,
-    WindowSpec,
-    full_float32_matmul,
-    separable_window,
-)
+from kd_det.functional._ssim.min_max import MinMax, min_max, min_max_backward
+from kd_det.functional._ssim.options import SSIMOptions
+from kd_det.functional._ssim.terms import similarity
+from kd_det.functional._ssim.window import SeparableWindow, separable_window
+from kd_det.functional.precision import full_float32_matmul, working_dtype
 
 _Part = tuple[slice, slice]  # images and channels
 
 
-class SsimOptions(NamedTuple):
-    """The options of `kd_det.functional.ssim.ssim_loss`."""
-
-    window: WindowSpec
-    normalize: str
-    normalize_eps: float
-    dead_range: float
-    exponents: tuple[int, int, int]
-    c1: float
-    c2: float
-    chunk_elements: int | None
-
-
-class FusedSsimLoss(torch.autograd.Function):
+class FusedSSIMLoss(torch.autograd.Function):
     """Mean of (1 - SSIM) / 2; the teacher is a constant."""
 
     @staticmethod
@@ -55,14 +39,14 @@ class FusedSsimLoss(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         mask: Tensor | None,
-        options: SsimOptions,
+        options: SSIMOptions,
         want_grad: bool,
     ) -> Tensor:
         """Compute the loss, and its gradient if `want_grad`."""
         ctx.student_dtype = student.dtype
         grad = None
         if want_grad:
-            dtype = compute_dtype(student, teacher)
+            dtype = working_dtype(student, teacher)
             grad = torch.empty(student.shape, dtype=dtype, device=student.device)
             ctx.save_for_backward(grad)
         return evaluate(student, teacher, mask, options, grad=grad)
@@ -76,16 +60,11 @@ class FusedSsimLoss(torch.autograd.Function):
         return (grad * upstream).to(ctx.student_dtype), None, None, None, None
 
 
-def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """Return float64 if either map is, else float32."""
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-
-
 def evaluate(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
-    options: SsimOptions,
+    options: SSIMOptions,
     *,
     grad: Tensor | None = None,
     ssim: Tensor | None = None,
@@ -97,51 +76,26 @@ def evaluate(
         student: (N, C, H, W).
         teacher: (N, C, H, W).
         mask: (N, 1, H, W) or None.
-        options: see `kd_det.functional.ssim.ssim_loss`.
+        options: what SSIM is taken of.
         grad: contiguous (N, C, H, W), to be filled with the gradient of the loss for the student.
         ssim: (N, C, H, W), smaller for border="valid", to be filled with SSIM.
 
     Returns:
         Scalar mean of (1 - SSIM) / 2.
     """
-    dtype = compute_dtype(student, teacher)
-    n, c, h, w = student.shape
+    dtype = working_dtype(student, teacher)
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     if student.numel() == 0:
         return total.to(dtype)
     with torch.autocast(student.device.type, enabled=False), full_float32_matmul():
         valid = None if mask is None else mask.bool()
-        windows = _windows(student, valid, options.window, dtype)
-        if valid is None:
-            count: Tensor | int = n * c * windows[0].rows.length * windows[0].columns.length
-        else:
-            count = (valid.sum() * c).clamp_min(1)
-        scale_s = _scale(student, valid, options, dtype)
-        scale_t = _scale(teacher, valid, options, dtype)
-        sums, moments = torch.empty((2, n, c), dtype=dtype, device=student.device)
-
-        # Fast caches hold a small chunk; a GPU wants fewer and larger kernels.
-        elements = options.chunk_elements or (2**18 if student.device.type == "cpu" else 2**20)
-        parts = list(_chunks(n, c, elements // (h * w), by_image=valid is not None))
-        # The sum of the variances will do, unless contrast or structure is taken alone.
-        maps = 4 if options.exponents[1] == options.exponents[2] else 5
-        planes = max((i.stop - i.start) * (j.stop - j.start) for i, j in parts)
-        # Reused by all chunks: fresh memory costs more than the work done in it.
-        scratch = torch.empty(4, maps * planes * h * w, dtype=dtype, device=student.device)
-        for part in parts:
-            window = windows[part[0].start if valid is not None else 0]
+        plan = _plan(student, valid, options, dtype)
+        scales = _scale(student, valid, options, dtype), _scale(teacher, valid, options, dtype)
+        sums, moments = student.new_empty((2, *student.shape[:2]), dtype=dtype)
+        for part in plan.parts:
             weight = None if valid is None else valid[part[0], 0].to(dtype).movedim(0, 1)
-            pair = _load(
-                student[part], teacher[part], scale_s, scale_t, part, weight, maps, scratch[0]
-            )
-            smooth = window.smooth(pair.stack.flatten(1, 2), half=scratch[1], out=scratch[2])
-            value, slopes = similarity(
-                smooth.unflatten(1, (maps, -1)),
-                (pair.student_mean, pair.teacher_mean),
-                options.exponents,
-                (options.c1, options.c2),
-                out=scratch[1],
-            )
+            pair = _load(student[part], teacher[part], scales, part, weight, plan)
+            value, slopes = _compare(pair, plan, part, options)
             loss = 1 - value
             if weight is not None:
                 loss *= weight
@@ -150,13 +104,44 @@ def evaluate(
             if ssim is not None:
                 ssim[part] = value.unflatten(1, ssim[part].shape[:2]).movedim(0, 2)
             if grad is not None:
-                factor = scale_s.inverse[part].reshape(-1, 1) / (-2 * count)
-                g, sum_g, moment = _chain(pair, slopes, window, factor, scratch[2], scratch[3])
+                factor = scales[0].inverse[part].reshape(-1, 1) / (-2 * plan.positions)
+                g, sum_g, moment = _chain(pair, slopes, plan, part, factor)
                 grad[part] = g.unflatten(1, grad[part].shape[:2]).movedim(0, 2)
                 sums[part], moments[part] = sum_g.view_as(sums[part]), moment.view_as(sums[part])
         if grad is not None and options.normalize != "none":
-            min_max_backward(grad, scale_s, sums, moments, options.normalize)
-    return (total / (2 * count)).to(dtype)
+            min_max_backward(grad, scales[0], sums, moments, options.normalize)
+    return (total / (2 * plan.positions)).to(dtype)
+
+
+class _Plan(NamedTuple):
+    """How a batch is worked through."""
+
+    parts: list[_Part]
+    windows: list[SeparableWindow]  # one of each image, or one of all
+    positions: Tensor | int  # of all planes, that the mean is over
+    maps: int  # that the window smooths for a pair of planes
+    scratch: Tensor  # (4, enough for the maps of any part)
+
+    def window(self, part: _Part) -> SeparableWindow:
+        return self.windows[part[0].start if len(self.windows) > 1 else 0]
+
+
+def _plan(student: Tensor, valid: Tensor | None, options: SSIMOptions, dtype: torch.dtype) -> _Plan:
+    n, c, h, w = student.shape
+    windows = _windows(student, valid, options, dtype)
+    if valid is None:
+        positions: Tensor | int = n * c * windows[0].rows.length * windows[0].columns.length
+    else:
+        positions = (valid.sum() * c).clamp_min(1)
+    # Fast caches hold a small chunk; a GPU wants fewer and larger kernels.
+    elements = options.chunk_elements or (2**18 if student.device.type == "cpu" else 2**20)
+    parts = list(_chunks(n, c, elements // (h * w), by_image=valid is not None))
+    # The sum of the variances will do, unless contrast or structure is taken alone.
+    maps = 4 if options.exponents[1] == options.exponents[2] else 5
+    planes = max((i.stop - i.start) * (j.stop - j.start) for i, j in parts)
+    # Reused by all chunks: fresh memory costs more than the work done in it.
+    scratch = torch.empty(4, maps * planes * h * w, dtype=dtype, device=student.device)
+    return _Plan(parts, windows, positions, maps, scratch)
 
 
 class _Pair(NamedTuple):
@@ -172,18 +157,18 @@ class _Pair(NamedTuple):
 def _load(
     student: Tensor,
     teacher: Tensor,
-    scale_s: MinMax,
-    scale_t: MinMax,
+    scales: tuple[MinMax, MinMax],
     part: _Part,
     weight: Tensor | None,
-    count: int,
-    space: Tensor,
+    plan: _Plan,
 ) -> _Pair:
+    """Normalise a part and form what is to be smoothed, in the first quarter of the scratch."""
     n, c, h, w = student.shape
-    stack = space[: count * student.numel()].view(h, count, n * c, w)
+    space = plan.scratch[0]
+    stack = space[: plan.maps * student.numel()].view(h, plan.maps, n * c, w)
     s, t, product, square, *square_t = stack.unbind(1)
     means = []
-    for maps, scale, target in ((student, scale_s, s), (teacher, scale_t, t)):
+    for maps, scale, target in ((student, scales[0], s), (teacher, scales[1], t)):
         low, inverse = scale.low[part], scale.inverse[part]
         if weight is None:
             mean = maps.mean((2, 3), dtype=space.dtype)
@@ -202,39 +187,50 @@ def _load(
     return _Pair(s, t, means[0], means[1], stack)
 
 
+def _compare(pair: _Pair, plan: _Plan, part: _Part, options: SSIMOptions) -> tuple[Tensor, Tensor]:
+    """Return SSIM (H, K, W) and its slopes (H, 3, K, W)."""
+    smooth = plan.window(part).smooth(
+        pair.stack.flatten(1, 2), half=plan.scratch[1], out=plan.scratch[2]
+    )
+    means = pair.student_mean, pair.teacher_mean
+    maps = smooth.unflatten(1, (plan.maps, -1))
+    return similarity(maps, means, options.exponents, out=plan.scratch[1])
+
+
 def _chain(
-    pair: _Pair, slopes: Tensor, window: SeparableWindow, factor: Tensor, half: Tensor, out: Tensor
+    pair: _Pair, slopes: Tensor, plan: _Plan, part: _Part, factor: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return factor * d(sum of SSIM)/ds (H, K, W), its sum and its sum times s, per plane."""
-    g, g_square, g_product = window.adjoint(slopes.flatten(1, 2), half, out).chunk(3, dim=1)
+    back = plan.window(part).adjoint(slopes.flatten(1, 2), plan.scratch[2], plan.scratch[3])
+    g, g_square, g_product = back.chunk(3, dim=1)
     g.addcmul_(pair.student, g_square, value=2).addcmul_(pair.teacher, g_product).mul_(factor)
     sum_g = g.sum((0, 2))
     moment = (g * pair.student).sum((0, 2)) + pair.student_mean.flatten() * sum_g
     return g, sum_g, moment
 
 
-def _scale(maps: Tensor, valid: Tensor | None, options: SsimOptions, dtype: torch.dtype) -> MinMax:
+def _scale(maps: Tensor, valid: Tensor | None, options: SSIMOptions, dtype: torch.dtype) -> MinMax:
     if options.normalize == "none":
         unused = torch.empty(0, device=maps.device)
         zero = torch.zeros(maps.shape[:2], dtype=dtype, device=maps.device)
         return MinMax(zero, zero + 1, unused, unused, unused, unused)
-    scale = min_max(maps, options.normalize, options.normalize_eps, options.dead_range, valid)
+    scale = min_max(maps, options.normalize, valid)
     return scale._replace(low=scale.low.to(dtype), inverse=scale.inverse.to(dtype))
 
 
 def _windows(
-    maps: Tensor, valid: Tensor | None, spec: WindowSpec, dtype: torch.dtype
+    maps: Tensor, valid: Tensor | None, options: SSIMOptions, dtype: torch.dtype
 ) -> list[SeparableWindow]:
     """Build the window of every image, a single one if no mask sets them apart."""
     h, w = maps.shape[2:]
     if valid is None:
-        return [separable_window(spec, h, w, device=maps.device, dtype=dtype)]
+        return [separable_window(options, h, w, device=maps.device, dtype=dtype)]
     extents = [
         (counted * torch.arange(1, counted.shape[1] + 1, device=maps.device)).amax(1).clamp_min(1)
         for counted in (valid.any(3)[:, 0], valid.any(2)[:, 0])
     ]
     return [
-        separable_window(spec, h, w, device=maps.device, dtype=dtype, extent=extent)
+        separable_window(options, h, w, device=maps.device, dtype=dtype, extent=extent)
         for extent in zip(*extents, strict=True)
     ]
 

@@ -7,7 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kd_det.functional.precision import working_dtype
+
 GROUPS = ("channel", "image", "level")
+
+# Added to a range before dividing, as kornia does.
+RANGE_EPS = 1e-6
+# A map of a smaller range is dead: it becomes 0 with gradient 0. Without it, a constant channel
+# would get a gradient of 10^4, and one bad batch could destroy a training.
+DEAD_RANGE = 1e-3
 
 
 class MinMax(NamedTuple):
@@ -21,22 +29,15 @@ class MinMax(NamedTuple):
     sets_high: Tensor
 
 
-def min_max_normalize(
-    x: Tensor,
-    *,
-    per: str = "channel",
-    eps: float = 1e-6,
-    dead_range: float = 1e-3,
-    mask: Tensor | None = None,
-) -> Tensor:
+def min_max_normalize(x: Tensor, *, per: str = "channel", mask: Tensor | None = None) -> Tensor:
     """
     Scale maps to [0, 1] by their minimum and maximum, which take part in the gradient.
+
+    A map whose range is below `DEAD_RANGE` becomes 0 with gradient 0.
 
     Args:
         x: (N, C, H, W).
         per: what shares one range: each "channel" of each image, each "image", the whole "level".
-        eps: added to the range before dividing.
-        dead_range: a map whose range is smaller becomes 0 with gradient 0.
         mask: (N, 1, H, W), nonzero where the maps count: other positions are scaled too but do not
             set the range.
 
@@ -46,11 +47,11 @@ def min_max_normalize(
     Raises:
         ValueError: `per` is unknown.
     """
-    scale = min_max(x, per, eps, dead_range, None if mask is None else mask.bool())
+    scale = min_max(x, per, None if mask is None else mask.bool())
     return (x - scale.low[..., None, None]) * scale.inverse[..., None, None]
 
 
-def min_max(x: Tensor, per: str, eps: float, dead_range: float, valid: Tensor | None) -> MinMax:
+def min_max(x: Tensor, per: str, valid: Tensor | None) -> MinMax:
     """Find the scale of `min_max_normalize`; `valid` (N, 1, H, W) is its mask as booleans."""
     if per not in GROUPS:
         raise ValueError(f"min-max per {per!r}: expected one of {GROUPS}")
@@ -61,12 +62,12 @@ def min_max(x: Tensor, per: str, eps: float, dead_range: float, valid: Tensor | 
         valid = valid.flatten(2)
         low, at_low = planes.masked_fill(~valid, torch.inf).min(2)
         high, at_high = planes.masked_fill(~valid, -torch.inf).max(2)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(x)
     low, sets_low = _group_extreme(-low.to(dtype), per)
     high, sets_high = _group_extreme(high.to(dtype), per)
     width = high + low
-    alive = width >= dead_range
-    inverse = torch.where(alive, 1 / torch.where(alive, width + eps, 1), 0)
+    alive = width >= DEAD_RANGE
+    inverse = torch.where(alive, 1 / torch.where(alive, width + RANGE_EPS, 1), 0)
     return MinMax(torch.where(alive, -low, 0), inverse, at_low, at_high, sets_low, sets_high)
 
 
