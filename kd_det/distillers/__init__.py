@@ -7,14 +7,16 @@ from kd_det.distillers.base import (
     Pair,
     Step,
     Targets,
+    TeacherMap,
     build_distiller,
     distiller_class,
     node_name,
 )
+from kd_det.distillers.built import LevelShape, TeacherModule
 from kd_det.distillers.feature_lp import FeatureLp
 from kd_det.distillers.msad import AlignedPyramid
 from kd_det.distillers.pgd import PGD
-from kd_det.distillers.predictions import DensePredictions, register_decoder
+from kd_det.distillers.predictions import DensePredictions, PredictionPair, register_decoder
 from kd_det.distillers.ssim import SSIM
 
 __all__ = [
@@ -26,9 +28,13 @@ __all__ = [
     "DensePredictions",
     "Distiller",
     "FeatureLp",
+    "LevelShape",
     "Pair",
+    "PredictionPair",
     "Step",
     "Targets",
+    "TeacherMap",
+    "TeacherModule",
     "build_distiller",
     "distiller_class",
     "node_name",

@@ -201,8 +201,8 @@ def test_teacher_is_any_module() -> None:
     "spec",
     [
         CaptureSpec("features", "backbone", None),
-        CaptureSpec("features", None, "backbone"),
-        CaptureSpec("predictions", "head", "head", "predictions"),
+        CaptureSpec("predictions", "head", None, "predictions"),
+        CaptureSpec("head", "head", "head", "module"),
     ],
 )
 def test_a_capture_that_makes_no_sense_is_refused(
