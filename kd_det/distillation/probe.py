@@ -37,14 +37,14 @@ class Probe:
 
     def levels(self, path: CapturePath) -> list[Level]:
         """Return the levels of a captured pyramid, strides in the loaded image's pixels."""
-        maps = levels_of(self.captures.get(path), path)
+        # Detectron2's inference goes on to work on a head's outputs in place.
+        maps = levels_of(self.captures.get(path, changed=True), path)
         return measure_levels(maps, _SIDE, self.view_factor)
 
     def predictions(
         self, path: CapturePath, decode: Callable[[HeadOutputs], DensePredictions]
     ) -> DensePredictions:
         """Return what a captured dense head predicts; of its numbers only the shapes count."""
-        # Detectron2's inference goes on to work on them in place.
         return decode(self.captures.get(path, changed=True)[0])
 
 
