@@ -83,6 +83,8 @@ def _check_bins(student: DensePredictions, teacher: DensePredictions) -> None:
     own, other = (
         0 if x.distributions is None else x.distributions[0].shape[-1] for x in (student, teacher)
     )
+    if student.anchors is None:
+        _refuse("sizes of anchors", "unknown", "-", "let the decoder fill their `anchors`")
     if own != other or not own:
         remedy = "both must be detectors like GFL, with the same MODEL.GFL.REG_MAX"
         _refuse("bins per side of a box", own, other, remedy)

@@ -14,9 +14,13 @@ from kd_det.distillers.base import (
 )
 from kd_det.distillers.bckd import BCKD
 from kd_det.distillers.built import LevelShape, TeacherModule
+from kd_det.distillers.crosskd import CrossKD
 from kd_det.distillers.cwd import CWD
 from kd_det.distillers.feature_lp import FeatureLp
+from kd_det.distillers.fgd import FGD
 from kd_det.distillers.frs import FRS
+from kd_det.distillers.ld import LD
+from kd_det.distillers.mgd import MGD
 from kd_det.distillers.msad import AlignedPyramid
 from kd_det.distillers.pgd import PGD
 from kd_det.distillers.pkd import PKD
@@ -27,12 +31,16 @@ __all__ = [
     "BCKD",
     "CWD",
     "DISTILLER_REGISTRY",
+    "FGD",
     "FRS",
+    "LD",
+    "MGD",
     "PGD",
     "PKD",
     "SSIM",
     "AlignedPyramid",
     "CaptureSpec",
+    "CrossKD",
     "DensePredictions",
     "Distiller",
     "FeatureLp",

@@ -33,7 +33,7 @@ from kd_det.distillers import (
 from kd_det.distillers.predictions import DensePredictions
 from kd_det.functional.focal import distribution_mean
 from kd_det.functional.level_grid import Grid
-from kd_det.functional.precision import at_least_float32
+from kd_det.functional.precision import at_least_float32, working_dtype
 
 STRIDES = (8.0, 16.0)
 SIDES = ((6, 8), (3, 4))  # cells of each level: images padded to 48 x 64
@@ -297,7 +297,12 @@ class DistillerContract:
 
     def losses(self, scene: Scene, **options: Any) -> dict[str, Tensor]:
         """Return the losses of a scene."""
-        return self.build(**options)(scene.step())
+        maps = [x for role in ("student", "teacher") for x in scene.leaves(role)]
+        return self.build(**options).to(working_dtype(*maps))(self.step(scene))
+
+    def step(self, scene: Scene) -> Step:
+        """Return what the distiller sees of a scene."""
+        return scene.step()
 
     def total(self, scene: Scene, **options: Any) -> Tensor:
         """Return their sum."""
@@ -305,7 +310,7 @@ class DistillerContract:
 
     def test_losses_are_named_scalars(self, scene: Scene) -> None:
         distiller = self.build()
-        losses = distiller(scene.step())
+        losses = distiller(self.step(scene))
         assert losses
         for part, value in losses.items():
             assert value.dim() == 0
@@ -382,9 +387,8 @@ class DistillerContract:
         def loss(*maps: Tensor) -> Tensor:
             left = iter(maps)
             given = {name: [next(left) for _ in scene.student[name]] for name in names}
-            losses = distiller(
-                dataclasses.replace(scene, student={**scene.student, **given}).step()
-            )
+            changed = dataclasses.replace(scene, student={**scene.student, **given})
+            losses = distiller(self.step(changed))
             return torch.stack([losses[part] for part in parts]).sum()
 
         leaves = [x.clone().requires_grad_() for name in names for x in scene.student[name]]

@@ -10,10 +10,10 @@ from kd_det.functional.divergence import softmax_divergence
 from kd_det.functional.ld import (
     MAIN_FACTOR,
     VLR_FACTOR,
+    anchors_at,
     class_loss,
     find_regions,
     localization_loss,
-    square_anchors,
 )
 from kd_det.functional.level_grid import Grid, grid_positions
 
@@ -22,7 +22,9 @@ W = torch.tensor([[0.9, 0.4]], dtype=torch.float64)
 V = torch.tensor([[0.5, 0.2]], dtype=torch.float64)
 CS, CT = wave((1, 3, 3), 2, 0.9, 0.2), wave((1, 3, 3), 3, 0.7, 1.1)
 GRIDS = [Grid(6, 6, 8), Grid(3, 3, 16)]
-ANCHORS = [square_anchors(grid_positions([grid]), 2 * grid.stride) for grid in GRIDS]
+ANCHORS = [
+    anchors_at(grid_positions([grid]), torch.full((1, 2), 2.0 * grid.stride)) for grid in GRIDS
+]
 BOXES = torch.tensor([[5, 6, 28, 21], [20, 14, 46, 45]]).double()
 
 
@@ -180,6 +182,6 @@ class TestRegions:
         assert find_candidates([anchor], box).threshold.item() == pytest.approx(iou)
         assert vlr.tolist() == pytest.approx([iou])
 
-    def test_anchors_are_squares_around_their_positions(self) -> None:
-        anchors = square_anchors(torch.tensor([[4.0, 12.0]]), 16)
-        assert anchors.tolist() == [[-4, 4, 12, 20]]
+    def test_anchors_are_boxes_around_their_positions(self) -> None:
+        anchors = anchors_at(torch.tensor([[4.0, 12.0]]), torch.tensor([[16.0, 16.0], [8.0, 4.0]]))
+        assert anchors.tolist() == [[-4, 4, 12, 20], [0, 10, 8, 14]]
