@@ -260,6 +260,7 @@ class DistillerContract:
         name: in the registry.
         other: for every key of its config node but WEIGHT and SCHEDULE, a value other than the
             default.
+        along: keys that only count beside others, which are set with them.
         options: constructor arguments of the variant under test.
         zero_at_equality: whether the paper's loss is zero for a student that equals its teacher.
         parts_of_mean: loss parts that are, for a batch, the mean over its images.
@@ -267,6 +268,7 @@ class DistillerContract:
 
     name: ClassVar[str]
     other: ClassVar[dict[str, Any]]
+    along: ClassVar[dict[str, dict[str, Any]]] = {}
     options: ClassVar[dict[str, Any]] = {}
     zero_at_equality: ClassVar[bool] = True
     parts_of_mean: ClassVar[tuple[str, ...]] = ("",)
@@ -433,16 +435,19 @@ class DistillerContract:
         assert settings_of(build_distiller(self.name, config())) == settings_of(default)
 
     def test_every_config_key_reaches_the_constructor(self) -> None:
-        node = config().KD[self.build().config_key]
-        assert set(self.other) == set(node) - {"WEIGHT", "SHARE", "SCHEDULE"}
-        before = settings_of(build_distiller(self.name, config()))
+        key_of_node = self.build().config_key
+        assert set(self.other) == set(config().KD[key_of_node]) - {"WEIGHT", "SHARE", "SCHEDULE"}
+        all_names = set(settings_of(build_distiller(self.name, config())))
         reached = set()
         for key, value in self.other.items():
             cfg = config()
-            assert cfg.KD[self.build().config_key][key] != value
-            cfg.KD[self.build().config_key][key] = value
+            node = cfg.KD[key_of_node]
+            node.update(self.along.get(key, {}))
+            before = settings_of(build_distiller(self.name, cfg))
+            assert node[key] != value
+            node[key] = value
             after = settings_of(build_distiller(self.name, cfg))
             changed = {name for name in before if before[name] != after[name]}
             assert changed, f"{key} = {value!r} changes nothing"
             reached |= changed
-        assert reached == set(before)
+        assert reached == all_names
