@@ -109,6 +109,28 @@ def test_every_parameter_has_a_gradient_and_the_teacher_none(
     assert all(p.grad is None for p in model.teacher.model.parameters())
 
 
+@pytest.mark.parametrize(("method", "student", "teacher", "keys", "parts"), RUNS)
+def test_its_weight_sets_itself_by_default(
+    tiny_student: Student,
+    tiny_teacher: MakeTeacher,
+    tiny_records: list[dict[str, Any]],
+    method: str,
+    student: str,
+    teacher: str,
+    keys: dict[str, Any],
+    parts: list[str],
+) -> None:
+    """The pull is measured where the loss touches the student: pyramids, towers, raw outputs."""
+    settings = keys_of(method, {**keys, "SCHEDULE.WARMUP_ITERS": 0})
+    settings.pop(f"KD.{method}.WEIGHT")
+    model = build_model(cfg := tiny_student(student, tiny_teacher(teacher), settings))
+    batch = tiny_runs.batch_of(cfg, tiny_records)
+    losses, storage = tiny_runs.losses_at(model, batch)
+    weight, _ = storage.latest()[f"kd/{method.lower()}/weight"]
+    assert 1e-9 < weight < 1e6
+    assert all(losses[f"loss_kd_{method.lower()}{part}"].isfinite() for part in parts)
+
+
 def refuse(cfg: CfgNode, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         build_model(cfg)
