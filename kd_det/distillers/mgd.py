@@ -75,7 +75,7 @@ class MGD(PyramidDistiller):
         expect_number("KD.MGD.MASKED_RATIO", masked_ratio, high=1.0)
         self.masked_ratio = masked_ratio
         self.blocks = nn.ModuleList()
-        # Buffers, so that checkpoints keep them and all processes start from the first one's.
+        # Where its stream is; buffers, so that checkpoints keep them.
         self.register_buffer("base", torch.zeros((), dtype=torch.int64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         # Their numbers on the host, read once.
@@ -99,7 +99,7 @@ class MGD(PyramidDistiller):
         """Return the single loss."""
         pairs = step.pairs[self.spec.name]
         sizes = [(len(x.student), x.student.shape[2], x.student.shape[3]) for x in pairs]
-        masks = draw_masks(sizes, self.masked_ratio, seed=self._next_seed(step.rank))
+        masks = draw_masks(sizes, self.masked_ratio, seed=self._next_seed(step))
         losses = []
         for pair, keep, block in zip(pairs, masks, self.blocks, strict=True):
             valid = pair.valid() if self.mask_padding else None
@@ -107,11 +107,14 @@ class MGD(PyramidDistiller):
             losses.append(generation_loss(generated, pair.teacher, valid))
         return {"": torch.stack(losses).sum()}
 
-    def _next_seed(self, rank: int) -> int:
+    def _next_seed(self, step: Step) -> int:
         if self._seed is None:
+            # Every process drew a base; all take their mean, so that what the first one saves is
+            # what each goes on with.
+            self.base.copy_(step.mean(self.base.double()).round())
             self._seed = int(self.base), int(self.count)
         base, count = self._seed
         if self.training:
             self._seed = base, count + 1
             self.count += 1
-        return mask_seed(base, rank=rank, step=count)
+        return mask_seed(base, rank=step.rank, step=count)

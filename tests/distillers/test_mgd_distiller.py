@@ -60,6 +60,14 @@ class TestMasked(TestMGD):
         other.load_state_dict(state)
         assert other(step)[""].item() == second
 
+    def test_processes_agree_on_one_base(self, scene: Scene) -> None:
+        step = scene.step()
+        distiller = self.build()
+        step.mean = lambda values: (values + 11) / 2  # with a process that drew 11
+        drawn = int(distiller.state_dict()["base"])
+        distiller(step)
+        assert int(distiller.state_dict()["base"]) == round((drawn + 11) / 2)
+
     def test_the_global_stream_stays(self, scene: Scene) -> None:
         distiller = self.build().train()
         before = torch.get_rng_state()
