@@ -32,6 +32,8 @@ META = {
     "mask_rcnn": "GeneralizedRCNN",
     "keypoint_rcnn": "GeneralizedRCNN",
 }
+# Detectors of kd_det's own, beside those that most tests go through.
+MORE_META = {"atss": "ATSS", "gfl": "GFL"}
 _KEYPOINTS = ["top", "left", "right"]
 
 # Nets of 8 to 64 channels on images of 64 to 96 pixels, from random weights.
@@ -48,6 +50,9 @@ _SHRINK: dict[str, Any] = {
     "MODEL.FCOS.NUM_CLASSES": 2,
     "MODEL.FCOS.NUM_CONVS": 1,
     "MODEL.FCOS.NORM": "",
+    **{f"MODEL.{name}.NUM_CLASSES": 2 for name in MORE_META.values()},
+    **{f"MODEL.{name}.NUM_CONVS": 2 for name in MORE_META.values()},
+    **{f"MODEL.{name}.NORM": "" for name in MORE_META.values()},
     "MODEL.RETINANET.NUM_CLASSES": 2,
     "MODEL.RETINANET.NUM_CONVS": 1,
     "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 50,
@@ -177,7 +182,7 @@ def distil_keys(detector: str, teacher: TinyTeacher | None, **keys: Any) -> dict
     """Config keys that wrap a tiny detector as a student."""
     out = {
         "MODEL.META_ARCHITECTURE": "DistillationDetector",
-        "KD.STUDENT.META_ARCHITECTURE": META[detector],
+        "KD.STUDENT.META_ARCHITECTURE": {**META, **MORE_META}[detector],
         "KD.DISTILLERS": ["FeatureLp"] if teacher else [],
         # Maps of random weights are large; beside this the detection losses still count.
         "KD.FEATURE_LP.WEIGHT": 0.001,

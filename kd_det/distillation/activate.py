@@ -6,22 +6,23 @@ strides, and adapters are built for the pairs.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tabulate import tabulate
 from torch import nn
 
-from kd_det.distillation.active import ActiveDistiller, ResolvedCapture, WeightSchedule
+from kd_det.distillation.active import ActiveDistiller, Decode, ResolvedCapture, WeightSchedule
 from kd_det.distillation.auto_weight import AutoWeight
 from kd_det.distillation.capture import CapturePath, FeatureCapture
-from kd_det.distillation.pairing import build_adapters, pair_levels
+from kd_det.distillation.pairing import LevelPair, build_adapters, pair_levels
+from kd_det.distillation.positions import pair_predictions
 from kd_det.distillation.probe import Probe, probe
 from kd_det.distillation.teacher import Teacher
 from kd_det.distillation.views import View
-from kd_det.distillers import CaptureSpec, Distiller
-from kd_det.distillers.predictions import DensePredictions, HeadOutputs, decoder_of
+from kd_det.distillers import CaptureSpec, Distiller, LevelShape, TeacherModule
+from kd_det.distillers.predictions import decoder_of
 
 _logger = logging.getLogger(__name__)
 
@@ -63,12 +64,13 @@ def activate(
         resample: pair levels on different grids too.
 
     Raises:
-        ValueError: a path names no module, a capture is no pyramid, or nothing pairs.
+        ValueError: a path names no module, a capture is no pyramid, nothing pairs, or a distiller
+            cannot serve these models.
         RuntimeError: a module that is to be captured does not run.
         TypeError: a distiller wants predictions, and nothing decodes this teacher's.
     """
     wanted = {
-        name: [_resolve(spec, student, teacher.model) for spec in distiller.captures()]
+        name: [_resolve(spec, student, view, teacher) for spec in distiller.captures()]
         for name, distiller in distillers.items()
     }
     everything = [item for items in wanted.values() for item in items]
@@ -81,11 +83,21 @@ def activate(
     rows: list[list[Any]] = []
     for name, distiller in distillers.items():
         captures, adapters = [], {}
+        shapes: dict[str, list[LevelShape]] = {}
         for item in wanted[name]:
-            if item.spec.kind == "pyramid":
+            if item.spec.kind == "pyramid" and item.student is None:
+                item = _own_levels(item, other)
+                shapes[item.spec.name] = _shapes(item, other)
+            elif item.spec.kind == "pyramid":
                 item, adapters[item.spec.name] = _pair(item, own, other, distiller, resample)
                 rows += [[name, *row] for row in _rows(item, adapters[item.spec.name], own, other)]
+                shapes[item.spec.name] = _shapes(item, other)
+            elif item.decode_student is not None:
+                item = _pair_predictions(item, own, other, distiller)
+                rows += [[name, pair.name, pair.name, "-", False] for pair in item.pairs]
             captures.append(item)
+        distiller.build(shapes, {x.spec.name: x.module for x in captures if x.module is not None})
+        distiller.to(own.device)
         active[name] = ActiveDistiller(
             name=name,
             distiller=distiller,
@@ -93,7 +105,6 @@ def activate(
             auto=autos.get(name),
             captures=captures,
             adapters=adapters,
-            decode=_decoder(captures, teacher),
         )
     headers = ["distiller", "student level", "teacher level", "adapter", "resampled"]
     _logger.info("Paired pyramid levels:\n%s", tabulate(rows, headers=headers))
@@ -103,27 +114,64 @@ def activate(
     return watch, active
 
 
-def _decoder(
-    captures: list[ResolvedCapture], teacher: Teacher
-) -> Callable[[HeadOutputs], DensePredictions] | None:
-    """Return what reads the teacher's head outputs, in the loaded image's pixels, where wanted."""
-    if all(item.spec.kind != "predictions" for item in captures):
-        return None
-    decode = decoder_of(teacher.model)
-    return lambda head_outputs: decode(head_outputs).scaled(teacher.view.factor)
-
-
-def _resolve(spec: CaptureSpec, student: nn.Module, teacher: nn.Module) -> ResolvedCapture:
-    if spec.teacher is None or (spec.kind == "pyramid") != (spec.student is not None):
+def _resolve(
+    spec: CaptureSpec, student: nn.Module, view: View, teacher: Teacher
+) -> ResolvedCapture:
+    sides = spec.student is not None, spec.teacher is not None
+    if spec.kind == "module" and sides == (False, True):
+        module = teacher.model.get_submodule(str(spec.teacher))
+        shared = TeacherModule(module, teacher.autocast, teacher.view.factor)
+        return ResolvedCapture(spec, None, None, module=shared)
+    if spec.kind == "module" or not sides[1]:
         raise ValueError(
-            f"The capture {spec} makes no sense: a pyramid needs a path in both models, "
-            "predictions one in the teacher alone."
+            f"The capture {spec} makes no sense: pyramids and predictions need a path in the "
+            "teacher or in both models, a module one in the teacher alone."
         )
+    dense = spec.kind == "predictions"
     return ResolvedCapture(
         spec,
         None if spec.student is None else CapturePath.parse(spec.student, student),
-        CapturePath.parse(spec.teacher, teacher),
+        CapturePath.parse(str(spec.teacher), teacher.model),
+        decode_student=_decoder(student, view.factor) if dense and sides[0] else None,
+        decode_teacher=_decoder(teacher.model, teacher.view.factor) if dense else None,
     )
+
+
+def _decoder(model: nn.Module, view_factor: float) -> Decode:
+    """Return what reads a model's head outputs, in the loaded image's pixels."""
+    decode = decoder_of(model)
+    return lambda head_outputs: decode(head_outputs).scaled(view_factor)
+
+
+def _pair_predictions(
+    item: ResolvedCapture, own: Probe, other: Probe, distiller: Distiller
+) -> ResolvedCapture:
+    """Pair the positions of both dense heads."""
+    assert item.student is not None and item.teacher is not None
+    assert item.decode_student is not None and item.decode_teacher is not None
+    pairs = pair_predictions(
+        own.predictions(item.student, item.decode_student),
+        other.predictions(item.teacher, item.decode_teacher),
+        classes=distiller.uses_class_scores,
+        bins=item.spec.bins,
+    )
+    return replace(item, pairs=tuple(pairs[: item.spec.levels or None]))
+
+
+def _own_levels(item: ResolvedCapture, other: Probe) -> ResolvedCapture:
+    """Sort the levels of a pyramid of the teacher alone."""
+    assert item.teacher is not None
+    pairs = [
+        LevelPair(i, i, level.name, level.stride, 1.0)
+        for i, level in enumerate(other.levels(item.teacher))
+    ]
+    return replace(item, pairs=tuple(sorted(pairs, key=lambda pair: pair.stride)))
+
+
+def _shapes(item: ResolvedCapture, other: Probe) -> list[LevelShape]:
+    assert item.teacher is not None
+    levels = other.levels(item.teacher)
+    return [LevelShape(x.name, x.stride, levels[x.teacher].channels) for x in item.pairs]
 
 
 def _pair(
@@ -132,8 +180,14 @@ def _pair(
     """Pair the levels of a pyramid capture and build their adapters."""
     assert item.student is not None and item.teacher is not None
     levels = own.levels(item.student), other.levels(item.teacher)
-    pairs = pair_levels(*levels, resample=resample)
-    adapters = build_adapters(pairs, *levels, mode=distiller.adapter).to(own.device)
+    pairs = pair_levels(*levels, resample=resample)[: item.spec.levels or None]
+    adapters = build_adapters(
+        pairs,
+        *levels,
+        mode=item.spec.adapter or distiller.adapter,
+        kernel=distiller.adapter_kernel,
+        bias=distiller.adapter_bias,
+    ).to(own.device)
     return replace(item, pairs=tuple(pairs)), adapters
 
 
@@ -147,7 +201,7 @@ def _rows(
         [
             str(levels[0][pair.student]),
             str(levels[1][pair.teacher]),
-            "-" if isinstance(adapter, nn.Identity) else "1x1",
+            "x".join(map(str, adapter.kernel_size)) if isinstance(adapter, nn.Conv2d) else "-",
             pair.resample,
         ]
         for pair, adapter in zip(item.pairs, adapters, strict=True)

@@ -6,21 +6,23 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.distillation.auto_weight import AutoWeight
+from kd_det.distillation.auto_weight import AutoWeight, mean_over_processes
 from kd_det.distillation.batch import Frame
-from kd_det.distillation.capture import CapturePath, Captures
+from kd_det.distillation.capture import CapturePath, Captures, tensors_of
 from kd_det.distillation.gradient_share import Pull, ShareWatch, pull
 from kd_det.distillation.pairing import LevelPair, levels_of
 from kd_det.distillation.schedule import Schedule
-from kd_det.distillers import CaptureSpec, Distiller, Pair, Step, Targets
+from kd_det.distillers import CaptureSpec, Distiller, Step, Targets, TeacherMap, TeacherModule
 from kd_det.distillers.predictions import DensePredictions, HeadOutputs
 
 LossDict = dict[str, Tensor]
 # Iteration -> weight.
 WeightSchedule = Callable[[int], float]
+Decode = Callable[[HeadOutputs], DensePredictions]
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,20 @@ class ResolvedCapture:
     Attributes:
         spec: as the distiller wants it.
         student, teacher: where it is captured.
-        pairs: of a pyramid, the levels on common grids, from fine to coarse.
+        pairs: of what both models give, the levels on common grids, from fine to coarse; of the
+            teacher alone, each level with itself.
+        decode_student, decode_teacher: of predictions, turn raw head outputs into
+            `DensePredictions` in the loaded image's pixels.
+        module: of kind "module".
     """
 
     spec: CaptureSpec
     student: CapturePath | None
     teacher: CapturePath | None
     pairs: tuple[LevelPair, ...] = ()
+    decode_student: Decode | None = None
+    decode_teacher: Decode | None = None
+    module: TeacherModule | None = None
 
 
 class ActiveDistiller(nn.Module):
@@ -51,8 +60,6 @@ class ActiveDistiller(nn.Module):
         auto: the latter, if it does.
         captures: resolved, pyramids paired.
         adapters: per pyramid capture, one module per pair.
-        decode: turns the teacher's raw head outputs into `DensePredictions` in the loaded image's
-            pixels; None where no capture wants predictions.
     """
 
     def __init__(
@@ -64,7 +71,6 @@ class ActiveDistiller(nn.Module):
         auto: AutoWeight | None,
         captures: list[ResolvedCapture],
         adapters: Mapping[str, nn.ModuleList],
-        decode: Callable[[HeadOutputs], DensePredictions] | None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -73,7 +79,6 @@ class ActiveDistiller(nn.Module):
         self.auto = auto
         self.captures = captures
         self.adapters = nn.ModuleDict(adapters)
-        self._decode = decode
 
     @property
     def slug(self) -> str:
@@ -89,27 +94,46 @@ class ActiveDistiller(nn.Module):
             targets: the batch's ground truth.
             frame: the batch's geometry, common to all distillers.
         """
-        pairs: dict[str, list[Pair]] = {}
-        predictions: dict[str, DensePredictions] = {}
         features: list[Tensor] = []
+        step = Step(
+            pairs={},
+            teacher={},
+            targets=targets,
+            features=features,
+            loss_normalizer=frame.loss_normalizer,
+            rank=comm.get_rank(),
+            mean=mean_over_processes,
+        )
         for item in self.captures:
+            name = item.spec.name
+            if item.module is not None:
+                step.modules[name] = item.module
+                continue
             assert item.teacher is not None
             outputs = teacher.get(item.teacher)
-            if item.spec.kind == "predictions":
-                assert self._decode is not None
-                predictions[item.spec.name] = self._decode(outputs[0])
+            if item.decode_teacher is not None:
+                theirs = item.decode_teacher(outputs[0])
+                if item.student is None or item.decode_student is None:
+                    step.teacher[name] = theirs
+                    continue
+                raw = student.get(item.student)[0]
+                mine = item.decode_student(raw)
+                step.predictions[name] = [frame.predictions(x, mine, theirs) for x in item.pairs]
+                features += tensors_of(raw)
                 continue
-            assert item.student is not None
-            own = levels_of(student.get(item.student), item.student)
             other = levels_of(outputs, item.teacher)
-            pairs[item.spec.name] = [
+            if item.student is None:
+                step.maps[name] = [TeacherMap(x.stride, other[x.teacher][1]) for x in item.pairs]
+                continue
+            own = levels_of(student.get(item.student), item.student)
+            step.pairs[name] = [
                 frame.pair(pair, own[pair.student][1], other[pair.teacher][1], adapter)
                 for pair, adapter in zip(
-                    item.pairs, cast(nn.ModuleList, self.adapters[item.spec.name]), strict=True
+                    item.pairs, cast(nn.ModuleList, self.adapters[name]), strict=True
                 )
             ]
             features += [own[pair.student][1] for pair in item.pairs]
-        return Step(pairs, predictions, targets, features)
+        return step
 
     def is_awake(self, iteration: int) -> bool:
         """Return whether it distils at this iteration; to be asked once per iteration."""

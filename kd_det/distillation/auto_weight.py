@@ -43,6 +43,12 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes."""
+    count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return sum_over_processes(values.clone()) / count
+
+
 def auto_weights(cfg: CfgNode, distillers: Mapping[str, Distiller]) -> dict[str, "AutoWeight"]:
     """
     Return the weights that set themselves: those of distillers without a WEIGHT.

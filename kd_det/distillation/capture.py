@@ -37,18 +37,23 @@ class CapturePath:
     @classmethod
     def parse(cls, text: str, model: nn.Module) -> "CapturePath":
         """
-        Read "path", "path@2" (its third call) or "path#0" (the first ReLU inside it).
+        Read "path", "path@2" (its third call), "path#0" (the first ReLU inside it) or "path^0"
+        (what enters that ReLU: the output of the convolution or norm before it).
 
         Raises:
-            ValueError: what follows "@" or "#" is no number, or there are not so many ReLUs.
+            ValueError: what follows a sign is no number, there are not so many ReLUs, or nothing
+                stands before that one.
         """
         path, at, call = text.partition("@")
-        module, mark, block = path.partition("#")
+        mark = "^" if "^" in path else "#"
+        module, mark, block = path.partition(mark)
         for sign, number in ((at, call), (mark, block)):
             if sign and not number.isdigit():
                 raise ValueError(f"Capture {text!r}: expected a number after {sign!r}.")
         if mark:
-            module = _activation(model, module, int(block))
+            module = _activation(model, module, int(block), mark)
+        if mark == "^":
+            module = _before(model, module)
         return cls(module, int(call) if at else None)
 
 
@@ -67,9 +72,13 @@ class Captures:
         self._versions.setdefault(module, []).append(versions)
         self.order.append(module)
 
-    def get(self, path: CapturePath) -> list[Any]:
+    def get(self, path: CapturePath, *, changed: bool = False) -> list[Any]:
         """
         Return what was captured, one entry per call (a single entry if the path names a call).
+
+        Args:
+            path: of the module.
+            changed: tensors that were changed since will do: only shapes are read.
 
         Raises:
             RuntimeError: nothing was captured, or a captured tensor was changed in place since.
@@ -83,7 +92,7 @@ class Captures:
             )
         chosen = slice(None) if path.call is None else slice(path.call, path.call + 1)
         for versions in self._versions[path.module][chosen]:
-            if any(tensor._version != version for tensor, version in versions):
+            if not changed and any(t._version != version for t, version in versions):
                 raise RuntimeError(
                     f"Capture: the output of '{path.module}' was modified in place later in the "
                     "forward pass; capture the module that makes the modification (e.g. the "
@@ -162,7 +171,7 @@ class FeatureCapture:
         return last
 
 
-def _activation(model: nn.Module, parent: str, index: int) -> str:
+def _activation(model: nn.Module, parent: str, index: int, mark: str) -> str:
     """Return the path of the index-th ReLU inside a module: the end of a convolution block."""
     modules = dict(model.named_modules())
     if parent not in modules:
@@ -177,10 +186,23 @@ def _activation(model: nn.Module, parent: str, index: int) -> str:
     ]
     if index >= len(found):
         raise ValueError(
-            f"Capture '{parent}#{index}': the module has {len(found)} ReLU activations; the index "
-            "counts from 0."
+            f"Capture '{parent}{mark}{index}': the module has {len(found)} ReLU activations; "
+            "the index counts from 0."
         )
     return found[index]
+
+
+def _before(model: nn.Module, path: str) -> str:
+    """Return the path of the module before another in the same Sequential."""
+    parent, _, name = path.rpartition(".")
+    siblings = list(dict(model.get_submodule(parent).named_children()))
+    place = siblings.index(name)
+    if place == 0 or not isinstance(model.get_submodule(parent), nn.Sequential):
+        raise ValueError(
+            f"Capture: '{path}' is not preceded by a layer in a Sequential, so what enters it has "
+            "no module of its own; capture another place."
+        )
+    return f"{parent}.{siblings[place - 1]}"
 
 
 def _hook(name: str, captures: Captures, stop_after: int | None) -> Any:

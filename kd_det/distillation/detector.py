@@ -218,7 +218,7 @@ class DistillationDetector(nn.Module):
         targets = targets_of(
             batched_inputs, boxes=any(a.distiller.needs_boxes for a in self.active.values())
         )
-        frame = Frame.of(targets.image_sizes, self.device)
+        frame = Frame.of(targets.image_sizes, self.device, self.student)
         steps = {
             name: active.step(student, teacher, targets, frame)
             for name, active in self.active.items()

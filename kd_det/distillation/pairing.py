@@ -142,13 +142,23 @@ def pair_levels(
 
 
 def build_adapters(
-    pairs: Sequence[LevelPair], student: Sequence[Level], teacher: Sequence[Level], mode: str
+    pairs: Sequence[LevelPair],
+    student: Sequence[Level],
+    teacher: Sequence[Level],
+    mode: str,
+    *,
+    kernel: int = 1,
+    bias: bool = False,
 ) -> nn.ModuleList:
     """
-    Build the 1x1 convolutions from student to teacher channels, one per pair, bias free.
+    Build the convolutions from student to teacher channels, one per pair.
 
     Args:
+        pairs: as paired.
+        student, teacher: the two pyramids.
         mode: "auto" (where channels differ), "always" or "never".
+        kernel: odd side of the convolutions; zeros surround the map.
+        bias: whether they have one. A loss that normalises each channel gives it no gradient.
 
     Returns:
         One module per pair; `nn.Identity` where there is no adapter.
@@ -167,8 +177,11 @@ def build_adapters(
                 "set the distiller's ADAPTER to 'auto'."
             )
         needed = mode == "always" or inputs != outputs
-        # Without a bias: a loss that normalises each channel gives it no gradient (SSIM does).
-        adapters.append(nn.Conv2d(inputs, outputs, 1, bias=False) if needed else nn.Identity())
+        adapters.append(
+            nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
+            if needed
+            else nn.Identity()
+        )
     return adapters
 
 
@@ -203,16 +216,36 @@ def on_one_grid(
         )
     if student.shape[-2:] == teacher.shape[-2:]:
         return student, teacher
-    height = min(student.shape[-2], teacher.shape[-2])
-    width = min(student.shape[-1], teacher.shape[-1])
+    own, other = ((x.shape[-2], x.shape[-1]) for x in (student, teacher))
+    height, width = common_size(own, other, pair, image_sizes)
+    return student[..., :height, :width], teacher[..., :height, :width]
+
+
+def common_size(
+    student: tuple[int, int],
+    teacher: tuple[int, int],
+    pair: LevelPair,
+    image_sizes: Sequence[tuple[int, int]],
+) -> tuple[int, int]:
+    """
+    Return the height and width in cells that both maps of a pair have.
+
+    Args:
+        student, teacher: height and width of each.
+        pair: for its stride and name.
+        image_sizes: (height, width) of every loaded image without padding.
+
+    Raises:
+        RuntimeError: there are images beyond it.
+    """
+    height, width = min(student[0], teacher[0]), min(student[1], teacher[1])
     needed_height = max(size[0] for size in image_sizes) / pair.stride
     needed_width = max(size[1] for size in image_sizes) / pair.stride
     # A cell more or less may hang over the edge: strided layers round sizes up.
     if height + 1 < needed_height or width + 1 < needed_width:
         raise RuntimeError(
-            f"Levels {pair.name}: the student's map is {tuple(student.shape[-2:])}, the teacher's "
-            f"{tuple(teacher.shape[-2:])}, but the images need {needed_height:.1f} x "
-            f"{needed_width:.1f} cells of stride {pair.stride:g}; the two models do not see the "
-            "same image."
+            f"Levels {pair.name}: the student's map is {student}, the teacher's {teacher}, but the "
+            f"images need {needed_height:.1f} x {needed_width:.1f} cells of stride "
+            f"{pair.stride:g}; the two models do not see the same image."
         )
-    return student[..., :height, :width], teacher[..., :height, :width]
+    return height, width

@@ -6,7 +6,7 @@ level's real stride and channels (so that pyramids are paired and adapters sized
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from kd_det.distillation.capture import CapturePath, Captures, FeatureCapture
 from kd_det.distillation.pairing import Level, levels_of, measure_levels
+from kd_det.distillers.predictions import DensePredictions, HeadOutputs
 
 # Side of the blank image: a multiple of every padding divisor in use, and small.
 _SIDE = 256
@@ -36,7 +37,15 @@ class Probe:
 
     def levels(self, path: CapturePath) -> list[Level]:
         """Return the levels of a captured pyramid, strides in the loaded image's pixels."""
-        return measure_levels(levels_of(self.captures.get(path), path), _SIDE, self.view_factor)
+        # Detectron2's inference goes on to work on a head's outputs in place.
+        maps = levels_of(self.captures.get(path, changed=True), path)
+        return measure_levels(maps, _SIDE, self.view_factor)
+
+    def predictions(
+        self, path: CapturePath, decode: Callable[[HeadOutputs], DensePredictions]
+    ) -> DensePredictions:
+        """Return what a captured dense head predicts; of its numbers only the shapes count."""
+        return decode(self.captures.get(path, changed=True)[0])
 
 
 @torch.no_grad()

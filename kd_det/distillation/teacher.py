@@ -90,15 +90,18 @@ class Teacher:
             stop_after: number of captures after which the pass ends.
         """
         inputs = [{"image": self._image(item["image"])} for item in batched_inputs]
-        device_type = next(self.model.parameters()).device.type
-        autocast = torch.autocast(device_type, dtype=self.dtype, enabled=self.dtype is not None)
-        with capture.record(stop_after) as captures, autocast:
+        with capture.record(stop_after) as captures, self.autocast():
             self.model(self.view(inputs))
         for norm in self._cycles:
             # It counts its calls to know the level; a pass that ended early leaves it in the
             # middle.
             norm._pos = 0
         return captures
+
+    def autocast(self) -> torch.autocast:
+        """Return the context with the arithmetic of the teacher's own forward pass."""
+        device_type = next(self.model.parameters()).device.type
+        return torch.autocast(device_type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def _image(self, image: torch.Tensor) -> torch.Tensor:
         # The model normalises by itself, with its own mean and std, after the channels are in

@@ -9,22 +9,23 @@ applied around it.
 Shapes: N images, C channels, H W of a level, M boxes of an image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from kd_det.distillers.predictions import DensePredictions
+from kd_det.distillers.built import LevelShape, TeacherModule
+from kd_det.distillers.predictions import DensePredictions, PredictionPair
 from kd_det.functional.level_grid import Grid, cells_on_images
 from kd_det.text import nearest
 
 DISTILLER_REGISTRY = Registry("DISTILLER")
 DISTILLER_REGISTRY.__doc__ = "Distillers by the name that KD.DISTILLERS lists."
 
-CaptureKind = Literal["pyramid", "predictions"]
+CaptureKind = Literal["pyramid", "predictions", "module"]
 AdapterMode = Literal["auto", "always", "never"]
 
 
@@ -34,19 +35,27 @@ class CaptureSpec:
     Something a distiller wants to see of both models.
 
     Attributes:
-        name: the distiller's own word for it; key in `Step.pairs` or `Step.teacher`.
+        name: the distiller's own word for it; key in the `Step`.
         student: module path in the student ("backbone", "head.cls_subnet.0", "backbone@1" for the
-            second call, "head.cls_subnet#0" for the first ReLU inside), or None if only the
-            teacher's is wanted.
+            second call, "head.cls_subnet#0" for the first ReLU inside, "head.cls_subnet^0" for what
+            enters it), or None if only the teacher's is wanted.
         teacher: the same for the teacher.
-        kind: "pyramid" pairs the levels of both sides into `Step.pairs`; "predictions" hands over
-            the teacher's dense head outputs decoded to `DensePredictions` (teacher only).
+        kind: "pyramid" pairs the levels of both sides into `Step.pairs`, or hands the teacher's
+            alone to `Step.maps`; "predictions" decodes what dense heads return: the teacher's alone
+            to `Step.teacher`, or that of both, paired, to `Step.predictions`; "module" hands the
+            frozen teacher's module itself (the whole model for "") to `Step.modules`.
+        levels: of what both models give, only the finest n pairs; 0 for all.
+        adapter: of a pyramid; None for the distiller's.
+        bins: of predictions of both, the distributions of the boxes' sides are compared.
     """
 
     name: str
     student: str | None
     teacher: str | None
     kind: CaptureKind = "pyramid"
+    levels: int = 0
+    adapter: AdapterMode | None = None
+    bins: bool = False
 
 
 @dataclass
@@ -79,6 +88,19 @@ class Pair:
         return self.masks[grid]
 
 
+class TeacherMap(NamedTuple):
+    """
+    A level of the teacher alone.
+
+    Args:
+        stride: pixels of the loaded image per cell.
+        map: (N, C, H, W), no gradient.
+    """
+
+    stride: float
+    map: Tensor
+
+
 @dataclass
 class Targets:
     """
@@ -107,16 +129,45 @@ class Step:
 
     Attributes:
         pairs: per "pyramid" capture, the paired levels from fine to coarse.
-        teacher: per "predictions" capture, what the teacher predicts, in the loaded image's pixels.
+        teacher: per "predictions" capture of the teacher alone, what it predicts, in the loaded
+            image's pixels.
         targets: ground truth in the loaded image's frame.
-        features: the student's captured tensors behind the pairs, before adapters and cuts: where
-            the pull of distillers and of detection losses is compared.
+        features: the student's captured tensors, before adapters and cuts: where the pull of
+            distillers and of detection losses is compared.
+        maps: per "pyramid" capture of the teacher alone, its levels from fine to coarse.
+        predictions: per "predictions" capture of both, the paired levels from fine to coarse.
+        modules: per "module" capture, the teacher's module.
+        loss_normalizer: what the student divides its own losses by, if it has such a number.
+        rank: of this process.
+        mean: mean of a tensor over all processes, each of which has to call it.
     """
 
     pairs: dict[str, list[Pair]]
     teacher: dict[str, DensePredictions]
     targets: Targets
     features: Sequence[Tensor] = ()
+    maps: dict[str, list[TeacherMap]] = field(default_factory=dict)
+    predictions: dict[str, list[PredictionPair]] = field(default_factory=dict)
+    modules: dict[str, TeacherModule] = field(default_factory=dict)
+    loss_normalizer: float | None = None
+    rank: int = 0
+    mean: Callable[[Tensor], Tensor] = lambda values: values
+
+    def normalizer(self, confidence: Callable[[], Tensor]) -> float | Tensor:
+        """
+        Return N+, what losses of a dense head are divided by.
+
+        Args:
+            confidence: gives, where the student has no number of its own, this process's sum of the
+                teacher's highest class probabilities over all positions on an image.
+
+        Returns:
+            The student's moving average of positives, or the mean of `confidence()` over processes;
+            at least 1.
+        """
+        if self.loss_normalizer is not None:
+            return max(1.0, self.loss_normalizer)
+        return self.mean(confidence().detach()).clamp(min=1)
 
 
 class Distiller(nn.Module):
@@ -131,13 +182,16 @@ class Distiller(nn.Module):
         uses_class_scores: whether the teacher's class scores are read, so that both models' classes
             must agree.
         needs_boxes: whether `Step.targets` must hold the ground truth's boxes and classes.
-        adapter: when paired student maps pass a 1x1 convolution to the teacher's channels.
+        adapter: when paired student maps pass a convolution to the teacher's channels.
+        adapter_kernel, adapter_bias: of that convolution.
     """
 
     config_key: ClassVar[str]
-    uses_class_scores: ClassVar[bool] = False
+    uses_class_scores: bool = False
     needs_boxes: ClassVar[bool] = False
     adapter: AdapterMode = "never"
+    adapter_kernel: int = 1
+    adapter_bias: bool = False
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:
@@ -174,6 +228,25 @@ class Distiller(nn.Module):
     def captures(self) -> Sequence[CaptureSpec]:
         """Return what this distiller needs to see."""
         raise NotImplementedError
+
+    def build(
+        self,
+        levels: Mapping[str, Sequence[LevelShape]],
+        modules: Mapping[str, TeacherModule],
+    ) -> None:
+        """
+        Make the trainable modules of its own, and refuse models that it cannot serve.
+
+        Called once, when captures are resolved and paired; the random state that first weights are
+        drawn from is restored afterwards.
+
+        Args:
+            levels: per "pyramid" capture, its pairs; the levels of one of the teacher alone.
+            modules: per "module" capture, the teacher's module.
+
+        Raises:
+            ValueError: the models do not fit the technique; the message names the remedy.
+        """
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """

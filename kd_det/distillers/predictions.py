@@ -11,10 +11,12 @@ Its subclasses are served by it too, unless they register their own.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
+
+from kd_det.functional.level_grid import Grid, cells_on_images
 
 # What a head returns: for each output (class logits first), one (N, D, H, W) per level.
 HeadOutputs = Sequence[list[Tensor]]
@@ -34,6 +36,10 @@ class DensePredictions:
         strides: of each level.
         sizes: (H, W) of each level.
         offset: place of a position in its cell as a fraction of the stride, 0.5 for the centre.
+        anchors: (A, 2) width and height of the anchors of a position, per level; None where the
+            decoder does not say.
+        distributions: (N, R, 4, n + 1) logits of the bins 0 .. n that the sides (left, top, right,
+            bottom) lie in; None where boxes are predicted as numbers.
     """
 
     logits: list[Tensor]
@@ -41,6 +47,32 @@ class DensePredictions:
     strides: list[float]
     sizes: list[tuple[int, int]]
     offset: float
+    anchors: list[Tensor] | None = None
+    distributions: list[Tensor] | None = None
+
+    def anchors_per_position(self) -> int:
+        """Return A."""
+        height, width = self.sizes[0]
+        return self.logits[0].shape[1] // (height * width)
+
+    def level(self, index: int, size: tuple[int, int]) -> "LevelPredictions":
+        """
+        Return the predictions of one level at its first positions.
+
+        Args:
+            index: of the level.
+            size: (H', W') at most that of the level; what is cut off at the right and the bottom
+                must be padding.
+        """
+
+        def cut(values: Tensor) -> Tensor:
+            if size == self.sizes[index]:
+                return values
+            cells = values.unflatten(1, (*self.sizes[index], -1))
+            return cells[:, : size[0], : size[1]].flatten(1, 3)
+
+        bins = None if self.distributions is None else cut(self.distributions[index])
+        return LevelPredictions(cut(self.logits[index]), cut(self.boxes[index]), bins)
 
     def scaled(self, factor: float) -> "DensePredictions":
         """Return the same predictions in the pixels of an image `factor` times as large."""
@@ -50,7 +82,61 @@ class DensePredictions:
             self,
             boxes=[x * factor for x in self.boxes],
             strides=[x * factor for x in self.strides],
+            anchors=None if self.anchors is None else [x * factor for x in self.anchors],
         )
+
+
+@dataclass(frozen=True)
+class LevelPredictions:
+    """
+    One model's predictions on one level; see `DensePredictions`.
+
+    Args:
+        logits: (N, R, K).
+        boxes: (N, R, 4).
+        distributions: (N, R, 4, n + 1), or None.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    distributions: Tensor | None
+
+
+@dataclass
+class PredictionPair:
+    """
+    Predictions of student and teacher at the same positions, in pixels of the loaded image.
+
+    Attributes:
+        name: e.g. "stride 8".
+        grid: the common positions.
+        student: carries the graph.
+        teacher: no gradient.
+        anchors: (A, 2) width and height of the student's anchors, where its decoder says.
+        image_sizes: (N, 2) float, height and width of each loaded image without padding.
+        masks: cells on images of every grid asked for so far; the pairs of a step share it.
+    """
+
+    name: str
+    grid: Grid
+    student: LevelPredictions
+    teacher: LevelPredictions
+    anchors: Tensor | None
+    image_sizes: Tensor
+    masks: dict[Grid, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def stride(self) -> float:
+        """Pixels of the loaded image per cell."""
+        return self.grid.stride
+
+    def valid(self) -> Tensor:
+        """Return (N, R) float32 in {0, 1}: 1 where a position lies on the image."""
+        if self.grid not in self.masks:
+            cells = cells_on_images(self.grid, self.image_sizes)
+            self.masks[self.grid] = cells[:, None].float()
+        count = self.student.logits.shape[1] // (self.grid.height * self.grid.width)
+        return self.masks[self.grid].flatten(1).repeat_interleave(count, dim=1)
 
 
 Decoder = Callable[[Any, HeadOutputs], DensePredictions]

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from kd_det.distillers.base import AdapterMode, CaptureSpec, Distiller, Pair, Step
+from kd_det.distillers.checks import expect_number
 
 
 class PyramidDistiller(Distiller):
@@ -40,16 +41,22 @@ class PyramidDistiller(Distiller):
         student_capture: str,
         teacher_capture: str,
         adapter: AdapterMode,
+        levels: int = 0,
     ) -> None:
         """
         Args:
             mask_padding: leave the padded area of batched images out.
             student_capture, teacher_capture: module paths whose outputs are the pyramids.
             adapter: when the student's maps pass a 1x1 convolution.
+            levels: only the finest n pairs; 0 for all.
+
+        Raises:
+            ValueError: a negative number of levels.
         """
         super().__init__()
         self.mask_padding = mask_padding
-        self.spec = CaptureSpec("features", student_capture, teacher_capture)
+        self.spec = CaptureSpec("features", student_capture, teacher_capture, levels=levels)
+        expect_number(f"KD.{self.config_key}.LEVELS", levels)
         self.adapter = adapter
 
     def captures(self) -> Sequence[CaptureSpec]:

@@ -201,8 +201,8 @@ def test_teacher_is_any_module() -> None:
     "spec",
     [
         CaptureSpec("features", "backbone", None),
-        CaptureSpec("features", None, "backbone"),
-        CaptureSpec("predictions", "head", "head", "predictions"),
+        CaptureSpec("predictions", "head", None, "predictions"),
+        CaptureSpec("head", "head", "head", "module"),
     ],
 )
 def test_a_capture_that_makes_no_sense_is_refused(
@@ -258,3 +258,70 @@ def test_config_default_captures(tiny_teacher: MakeTeacher) -> None:
         "backbone",
         "backbone",
     )
+
+
+def test_predictions_of_both_on_common_positions(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+) -> None:
+    spec = CaptureSpec("predictions", "head", "head", "predictions", levels=2)
+    model, looking, cfg = wired(tiny_student, tiny_teacher("fcos"), spec)
+    model.train()
+    tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
+    assert looking.step is not None
+    pairs = looking.step.predictions["predictions"]
+    assert [pair.stride for pair in pairs] == [8, 16]
+    for pair in pairs:
+        assert pair.student.boxes.shape == pair.teacher.boxes.shape
+        assert pair.student.boxes.requires_grad and not pair.teacher.boxes.requires_grad
+    # What pulls are compared at: the head's raw outputs, of all levels.
+    assert len(looking.step.features) == 3 * 5
+    assert looking.step.loss_normalizer == pytest.approx(float(model.student.loss_normalizer))
+    assert looking.step.normalizer(lambda: torch.zeros(())) == looking.step.loss_normalizer
+
+
+def test_predictions_of_a_reduced_view_are_in_the_loaded_images_pixels(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+) -> None:
+    spec = CaptureSpec("predictions", "head", "head", "predictions")
+    view = View(2.0, "bilinear")
+    model, looking, cfg = wired(tiny_student, tiny_teacher("fcos"), spec, view=view)
+    tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
+    assert looking.step is not None
+    pairs = looking.step.predictions["predictions"]
+    # Strides 8 to 128 of half the size lie on those of 16 to 256.
+    assert [pair.stride for pair in pairs] == [16, 32, 64, 128]
+    right = pairs[0].student.boxes[..., 2].detach()
+    assert right.amax() > pairs[0].grid.width * 16 - 16
+
+
+def test_a_module_of_the_teacher_is_handed_over_and_not_taken_in(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+) -> None:
+    features = CaptureSpec("features", "backbone", "backbone", levels=2)
+    specs = [features, CaptureSpec("rest", None, "head", "module")]
+    model, looking, cfg = wired(tiny_student, tiny_teacher("fcos"), *specs)
+    names = [name for name, _ in model.named_parameters()] + list(model.state_dict())
+    tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
+    assert looking.step is not None and model.teacher is not None
+    assert looking.step.modules["rest"].module is model.teacher.model.head
+    assert len(looking.step.pairs["features"]) == 2
+    assert [name for name, _ in model.named_parameters()] + list(model.state_dict()) == names
+    assert not any("head" in name and not name.startswith("student") for name in names)
+
+
+def test_a_pyramid_of_the_teacher_alone(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+) -> None:
+    spec = CaptureSpec("scores", None, "head.cls_score")
+    model, looking, cfg = wired(tiny_student, tiny_teacher("fcos"), spec)
+    tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
+    assert looking.step is not None
+    assert [level.stride for level in looking.step.maps["scores"]] == [8, 16, 32, 64, 128]
+
+
+def test_what_enters_an_activation(tiny_student: Student, tiny_teacher: MakeTeacher) -> None:
+    spec = CaptureSpec("entry", "head.cls_subnet^0", "head.cls_subnet^0")
+    model, _, _ = wired(tiny_student, tiny_teacher("fcos"), spec)
+    (capture,) = model.active["Looking"].captures
+    assert capture.student is not None
+    assert capture.student.module == "head.cls_subnet.0"

@@ -277,3 +277,13 @@ class TestOneGrid:
         for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
             _, teacher = on_one_grid(ramp(16, 16, 6), ramp(12, 12, 8).to(dtype), pair, [(96, 96)])
             assert teacher.dtype == expected
+
+
+def test_adapters_may_see_neighbours_and_have_a_bias() -> None:
+    own, other = [Level("p3", 8, 8.0)], [Level("p3", 16, 8.0)]
+    (adapter,) = build_adapters(
+        pair_levels(own, other), own, other, mode="always", kernel=3, bias=True
+    )
+    assert adapter.weight.shape == (16, 8, 3, 3)
+    assert adapter.bias is not None
+    assert adapter(torch.zeros(1, 8, 5, 7)).shape == (1, 16, 5, 7)

@@ -40,7 +40,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_new_detector_is_one_function_that_serves_its_subclasses() -> None:
     with pytest.raises(
-        TypeError, match=r"dense predictions of Child; known are .*FCOS, RetinaNet, SingleAnchor"
+        TypeError,
+        match=r"dense predictions of Child; known are .*FCOS, GFL, RetinaNet, SingleAnchor",
     ):
         decoder_of(Child())
     register_decoder(Parent)(decoding(4.0))

@@ -13,10 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_det.functional.boxes import aligned_iou, box_centers, strictly_inside
-
-# Candidates of equal IoU (a box that contains them all) must not fall below their mean by rounding.
-_ROUNDING = 1e-6
+from kd_det.functional.atss import atss_assign
 
 
 @dataclass(frozen=True)
@@ -72,45 +69,3 @@ def find_positives(
         boxes=torch.cat(list(gt_boxes))[chosen],
         anchors=torch.cat(list(anchors)).repeat(len(gt_boxes), 1)[index],
     )
-
-
-@torch.no_grad()
-def atss_assign(anchors: Sequence[Tensor], gt_boxes: Tensor, topk: int = 9) -> Tensor:
-    """
-    Assign anchors to the ground truth of one image.
-
-    Args:
-        anchors: per level, (R_l, 4) corners in pixels.
-        gt_boxes: (M, 4) corners in pixels; M may be 0.
-        topk: candidates per box and level; levels with fewer anchors give all they have.
-
-    Returns:
-        (R,) int64, R the sum of R_l: index of each anchor's box, -1 for background.
-    """
-    boxes = torch.cat(list(anchors))
-    if len(gt_boxes) == 0:
-        return boxes.new_full((len(boxes),), -1, dtype=torch.int64)
-    candidates = _nearest_per_level(anchors, gt_boxes, topk)
-    ious = aligned_iou(boxes[candidates], gt_boxes)
-    # The sample standard deviation (divisor n - 1), as the authors' results were made with; one
-    # candidate alone has none.
-    spread = ious.std(dim=0, correction=min(1, len(ious) - 1))
-    positive = ious + _ROUNDING >= ious.mean(dim=0) + spread
-    positive &= strictly_inside(box_centers(boxes[candidates]), gt_boxes)
-    # A column holds no anchor twice, so the scatter has one value per place.
-    overlap = ious.new_full((len(boxes), len(gt_boxes)), -1.0)
-    overlap.scatter_(0, candidates, ious.where(positive, -1.0))
-    best, matched = overlap.max(dim=1)
-    return matched.where(best >= 0, -1)
-
-
-def _nearest_per_level(anchors: Sequence[Tensor], gt_boxes: Tensor, topk: int) -> Tensor:
-    """Return (C, M) indices, into all levels together, of each box's candidates."""
-    targets = box_centers(gt_boxes)
-    found, start = [], 0
-    for level in anchors:
-        squared = (box_centers(level)[:, None] - targets).square().sum(dim=2)
-        k = min(topk, len(level))
-        found.append(squared.topk(k, dim=0, largest=False).indices + start)
-        start += len(level)
-    return torch.cat(found)

@@ -48,8 +48,15 @@ def decode_levels(
         counts.append(count)
     if len(set(counts)) != 1:
         raise ValueError(f"The levels have different numbers of anchors per position: {counts}.")
-    strides = [float(stride) for stride in model.anchor_generator.strides]
-    return DensePredictions(logits, boxes, strides, sizes, float(model.anchor_generator.offset))
+    generator = model.anchor_generator
+    return DensePredictions(
+        logits,
+        boxes,
+        strides=[float(stride) for stride in generator.strides],
+        sizes=sizes,
+        offset=float(generator.offset),
+        anchors=[cell[:, 2:] - cell[:, :2] for cell in generator.cell_anchors],
+    )
 
 
 @register_decoder(FCOS)

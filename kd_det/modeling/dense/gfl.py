@@ -6,12 +6,14 @@ a box is a distribution over distances 0 .. reg_max strides from the anchor's ce
 focal loss), and the box is read off as its mean. Assignment is that of ATSS.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor
 
+from kd_det.distillers.predictions import DensePredictions, HeadOutputs, register_decoder
 from kd_det.functional.boxes import aligned_giou, aligned_iou, box_centers
 from kd_det.functional.focal import (
     distribution_focal_loss,
@@ -19,6 +21,7 @@ from kd_det.functional.focal import (
     quality_focal_loss,
 )
 from kd_det.modeling.dense.atss_assigner import Positives
+from kd_det.modeling.dense.decoding import decode_levels
 from kd_det.modeling.dense.single_anchor import SingleAnchorDetector
 from kd_det.modeling.dense.single_anchor_options import SingleAnchorOptions
 from kd_det.modeling.registering import register_in
@@ -109,3 +112,15 @@ class GFL(SingleAnchorDetector):
     def _strides(self, anchors: Tensor) -> Tensor:
         """Return (P, 1): the stride of each anchor's own level, which its size tells."""
         return (anchors[:, 2:3] - anchors[:, 0:1]) / self.options.anchor_scale
+
+
+@register_decoder(GFL)
+def _decode(model: GFL, head_outputs: HeadOutputs) -> DensePredictions:
+    """Decode with the distributions of the sides, level scales included."""
+    sides = (4, model.options.reg_max + 1)
+    return replace(
+        decode_levels(model, head_outputs, model.decode_boxes),
+        distributions=[
+            permute_to_N_HWA_K(x, x.shape[1]).unflatten(2, sides) for x in head_outputs[1]
+        ],
+    )

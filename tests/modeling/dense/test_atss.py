@@ -11,7 +11,8 @@ from detectron2.structures import pairwise_iou
 from tiny_dense import CLASSES, build_tiny, losses_of, make_image, no_objects, overfit, two_images
 from torch import Tensor
 
-from kd_det.modeling.dense.atss_assigner import Positives, atss_assign, find_positives
+from kd_det.functional.atss import atss_assign
+from kd_det.modeling.dense.atss_assigner import Positives, find_positives
 
 LN2 = math.log(2)
 
