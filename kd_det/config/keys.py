@@ -45,6 +45,9 @@ def _add_training(cfg: CfgNode) -> None:
     # Library that computes COCO metrics: "pycocotools", "faster_coco_eval" (same numbers, several
     # times faster, extra `kd_det[eval]`), or "auto": the faster one where it is installed.
     cfg.TEST.COCO_BACKEND = "auto"
+    # Rules of CrowdHuman's AP, MR and JI: "official" (its toolkit's, as in published numbers) or
+    # "smooth" (precision envelope, equal scores together: no dependence on the order of images).
+    cfg.TEST.CROWDHUMAN_RULES = "official"
 
 
 def _add_roles(kd: CfgNode) -> None:

@@ -6,7 +6,6 @@ bucket and no `.train()`.
 """
 
 import fnmatch
-import hashlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -25,6 +24,7 @@ from kd_det.config import is_distillation, load_config, student_cfg
 from kd_det.distillation.capture import Captures, FeatureCapture
 from kd_det.distillation.classes import check_same_classes
 from kd_det.distillation.views import View
+from kd_det.files import sha256_of
 from kd_det.text import some
 
 _logger = logging.getLogger(__name__)
@@ -255,12 +255,3 @@ def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ())
         )
     _logger.info("Teacher: %d of %d tensors loaded from %s", matched, len(wanted), weights)
     return path
-
-
-def sha256_of(path: str) -> str:
-    """Return the sha256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -24,8 +24,8 @@ from kd_det.distillation.teacher import (
     build_teacher,
     load_strictly,
     other_channel_order,
-    sha256_of,
 )
+from kd_det.files import sha256_of
 
 Student = Callable[..., CfgNode]
 MakeTeacher = Callable[[str], TinyTeacher]

@@ -49,7 +49,7 @@ class ProgressFile(HookBase):
         left = self.trainer.max_iter - iteration
         eta = (now - self._start) / done * left if done > 0 else None
         content = {"iteration": iteration, "max_iter": self.trainer.max_iter, "phase": phase}
-        write_json(self._path, {**content, "eta_seconds": eta})
+        write_json(self._path, {**content, "eta_seconds": eta}, durable=False)
 
 
 class RunResult(HookBase):

@@ -1,15 +1,11 @@
 """
-`kd-det show`: pictures of what a distiller looks at.
+Pictures of what a distiller looks at, on images of a config's test set.
 
-    kd-det show pgd  --config-file F --out PNG [KEY VALUE ...]
-    kd-det show ssim --config-file F --before A.pth --after B.pth --out PNG [KEY VALUE ...]
-
-"pgd" draws the teacher's importance of every position, per level, for both towers; "ssim" the
-structural similarity of student and teacher, per level, for two checkpoints of the student.
+PGD: the teacher's importance of every position, per level, for both towers. SSIM: the structural
+similarity of student and teacher, per level, for two checkpoints of the student.
 """
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,37 +24,63 @@ from kd_det.engine.trainer import DistillationTrainer
 from kd_det.experiments.overlay import draw_grid
 
 
-def main(argv: Sequence[str]) -> int:
-    """Draw the picture; return the process's exit code."""
-    parser = argparse.ArgumentParser(
-        prog="kd-det show",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", choices=["pgd", "ssim"])
-    parser.add_argument("--config-file", required=True, help="config of a run with that distiller")
-    parser.add_argument("--out", required=True, type=Path, help="PNG file")
-    parser.add_argument("--images", type=int, default=2, help="images of the test set, default 2")
-    parser.add_argument("--skip", type=int, default=0, help="images of the test set to pass over")
-    parser.add_argument("--before", help="ssim: checkpoint of the student, say without a teacher")
-    parser.add_argument("--after", help="ssim: checkpoint of the distilled student")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides")
-    args = parser.parse_intermixed_args(argv)
-    if args.what == "ssim" and not (args.before and args.after):
-        parser.error("ssim needs --before and --after, two checkpoints of the student")
-    cfg = load_config(args.config_file, args.opts)
-    model = _build(cfg, "PGD" if args.what == "pgd" else "SSIM")
-    batch = _load_images(cfg, args.skip, args.images)
-    if args.what == "pgd":
-        columns = _importance(model, batch)
-    else:
-        columns = _similarity(model, batch, {"before": args.before, "after": args.after}, cfg)
+def draw_importance(
+    config_file: str, opts: Sequence[str], *, out: Path, images: int, skip: int
+) -> None:
+    """
+    Draw what PGD's teacher finds important.
+
+    Args:
+        config_file, opts: of a run with PGD, and overrides KEY VALUE.
+        out: PNG file to write.
+        images, skip: how many images of the test set, after how many.
+
+    Raises:
+        ValueError: the config has no PGD.
+    """
+    cfg = load_config(config_file, opts)
+    model = _build(cfg, "PGD")
+    batch = _load_images(cfg, skip, images)
+    _draw(batch, _importance(model, batch), cfg, out)
+
+
+def draw_similarity(
+    config_file: str,
+    opts: Sequence[str],
+    checkpoints: Mapping[str, str],
+    *,
+    out: Path,
+    images: int,
+    skip: int,
+) -> None:
+    """
+    Draw how similar the SSIM distiller finds student and teacher.
+
+    Args:
+        config_file, opts: of a run with SSIM, and overrides KEY VALUE.
+        checkpoints: title -> checkpoint of the student.
+        out: PNG file to write.
+        images, skip: how many images of the test set, after how many.
+
+    Raises:
+        ValueError: the config has no SSIM, or adapters between the models.
+    """
+    cfg = load_config(config_file, opts)
+    model = _build(cfg, "SSIM")
+    batch = _load_images(cfg, skip, images)
+    _draw(batch, _similarity(model, batch, checkpoints, cfg), cfg, out)
+
+
+def _draw(
+    batch: list[dict[str, Any]],
+    columns: dict[str, tuple[Tensor, float]],
+    cfg: CfgNode,
+    out: Path,
+) -> None:
     pictures = [_picture(item, cfg) for item in batch]
     boxes = [item["instances"].gt_boxes.tensor for item in batch]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(pictures, boxes, columns, args.out)
-    print(args.out)
-    return 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(pictures, boxes, columns, out)
 
 
 def _build(cfg: CfgNode, distiller: str) -> DistillationDetector:
@@ -110,7 +132,7 @@ def _importance(
 def _similarity(
     model: DistillationDetector,
     batch: list[dict[str, Any]],
-    checkpoints: dict[str, str],
+    checkpoints: Mapping[str, str],
     cfg: CfgNode,
 ) -> dict[str, tuple[Tensor, float]]:
     """Return per column the channels' mean SSIM, (N, H, W) clipped to [0, 1], and its stride."""
