@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_det.compat import safe_numpy_load
 from kd_det.distillation.detector import DistillationDetector
 from kd_det.distillation.teacher import RecordingCheckpointer
+from kd_det.reading import load_tensors
 
 _logger = logging.getLogger(__name__)
 _NORMALIZER = "loss_normalizer"
@@ -162,8 +162,7 @@ class KDCheckpointer(RecordingCheckpointer):
         candidates = self._newest_first()
         for path in candidates:
             try:
-                with safe_numpy_load():
-                    checkpoint = torch.load(path, map_location="cpu")
+                checkpoint = load_tensors(path)
             except Exception as error:  # whatever a damaged file raises
                 _logger.warning(
                     "Checkpoint %s is damaged (%s: %s); trying the one before it.",
