@@ -8,11 +8,11 @@ bucket and no `.train()`.
 import fnmatch
 import hashlib
 import itertools
-import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from kd_det.config import is_distillation, load_config, student_cfg
+from kd_det.data.annotation_file import read_class_names
 from kd_det.distillation.capture import Captures, FeatureCapture
 from kd_det.distillation.views import View
 from kd_det.reading import load_checkpoint
@@ -311,7 +312,5 @@ def class_names(cfg: CfgNode) -> list[str]:
     file = metadata.get("json_file") or next(listed, None)
     if names is None and file and os.path.isfile(file):
         # Detectron2 fills the names in when the set is loaded, in the order of the category ids.
-        with open(file, encoding="utf-8") as handle:
-            categories = json.load(handle).get("categories", [])
-        names = [item["name"] for item in sorted(categories, key=lambda item: item["id"])]
+        names = read_class_names(Path(file))
     return list(names or [])

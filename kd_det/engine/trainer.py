@@ -30,6 +30,7 @@ from torch import nn
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import student_cfg
 from kd_det.data import CheckedDatasetMapper
+from kd_det.data.dataset_checks import check_proposals
 from kd_det.distillation import DistillationDetector
 from kd_det.distillation.teacher import class_count
 from kd_det.engine.launch import distribute
@@ -119,6 +120,7 @@ class DistillationTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Build the loader of a test set; an image that cannot be read is named."""
+        check_proposals(cfg)
         mapper = CheckedDatasetMapper(cfg, False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
@@ -199,6 +201,7 @@ class DistillationTrainer(DefaultTrainer):
 def _load_dataset(cfg: CfgNode) -> list[dict[str, Any]]:
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; name the data sets to train on.")
+    check_proposals(cfg)
     try:
         dataset: list[dict[str, Any]] = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
