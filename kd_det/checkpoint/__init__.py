@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd_det.checkpoint.finite import refuse_non_finite
 from kd_det.distillation.detector import DistillationDetector
 from kd_det.distillation.teacher import RecordingCheckpointer
 from kd_det.reading import load_tensors
@@ -104,11 +105,18 @@ class KDCheckpointer(RecordingCheckpointer):
 
     def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any) -> None:
         super().__init__(student_of(model), save_dir, kd=KDState(model), **checkpointables)
+        self._trained = model
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write `<name>.pth` under a temporary name first, then rename it."""
+        """
+        Write `<name>.pth` under a temporary name first, then rename it.
+
+        Raises:
+            FloatingPointError: the model holds NaN or infinity; nothing is written.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
+        refuse_non_finite(self._trained, f"{name}.pth")
         data = {"model": self.model.state_dict(), **kwargs}
         data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
         path = os.path.join(self.save_dir, f"{name}.pth")
