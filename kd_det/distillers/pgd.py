@@ -47,8 +47,10 @@ from kd_det.functional.level_grid import (
 from kd_det.functional.pgd import (
     MaskScope,
     classification_terms,
+    count_selected,
     regression_terms,
 )
+from kd_det.functional.reduce import mean_over_processes
 
 # Strides within this relative distance are the same grid.
 _SAME_GRID = 0.02
@@ -218,9 +220,13 @@ class PGD(Distiller):
 
     def _regression(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:
         losses = []
-        for pair in pairs:
-            importance = _on_grid(masks.reg, pair, strides)
-            terms = regression_terms(pair.student, pair.teacher, importance, tau=self.tau)
+        importances = [_on_grid(masks.reg, pair, strides) for pair in pairs]
+        # Of all processes, each object weighs the same: one exchange for all levels.
+        counts = mean_over_processes(torch.stack([count_selected(x) for x in importances]))
+        for pair, importance, count in zip(pairs, importances, counts, strict=True):
+            terms = regression_terms(
+                pair.student, pair.teacher, importance, tau=self.tau, count=count
+            )
             losses.append(terms.weighted(self.gamma, self.delta))
         return torch.stack(losses).sum()
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_det.functional.box_overlap import aligned_giou, aligned_iou
+from kd_det.functional.reduce import mean_over_processes
 from kd_det.modeling.dense.atss_assigner import Positives, box_centers
 from kd_det.modeling.dense.inference import DEFAULT_INFERENCE, InferenceSettings
 from kd_det.modeling.dense.single_anchor import SingleAnchorDetector, shared_arguments
@@ -158,7 +159,8 @@ class ATSS(SingleAnchorDetector):
         boxes = self.decode_boxes(box_outputs[positives.index], positives.anchors)
         target = self._quality_targets(boxes, positives)
         distance = 1 - aligned_giou(boxes, positives.boxes)
-        loss_loc = (target * distance).sum() / target.sum().clamp(min=1e-6)
+        total = mean_over_processes(target.sum()).clamp(min=1e-6)
+        loss_loc = (target * distance).sum() / total
         loss_quality = F.binary_cross_entropy_with_logits(
             quality[positives.index, 0], target, reduction="sum"
         )

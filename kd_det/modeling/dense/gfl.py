@@ -20,6 +20,7 @@ from kd_det.functional.focal import (
     distribution_mean,
     quality_focal_loss,
 )
+from kd_det.functional.reduce import mean_over_processes
 from kd_det.modeling.dense.atss_assigner import Positives, box_centers
 from kd_det.modeling.dense.inference import DEFAULT_INFERENCE, InferenceSettings
 from kd_det.modeling.dense.single_anchor import SingleAnchorDetector, shared_arguments
@@ -122,7 +123,7 @@ class GFL(SingleAnchorDetector):
         loss_cls = quality_focal_loss(logits, targets, self.beta).sum()
 
         weight = logits.detach()[positives.index].amax(dim=1).sigmoid()
-        total = weight.sum().clamp(min=1)
+        total = mean_over_processes(weight.sum()).clamp(min=1)
         loss_loc = (weight * (1 - aligned_giou(boxes, positives.boxes))).sum() / total
         sides = distribution_focal_loss(self._bins(outputs), self._distances(positives))
         loss_dfl = (weight * sides.mean(dim=1)).sum() / total
