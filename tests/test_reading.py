@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import tarfile
 import warnings
 from collections import OrderedDict
@@ -325,3 +326,25 @@ class TestRoles:
         load_strictly(model, str(tmp_path / "zoo.pkl"))
         assert model.weight.tolist() == [[3, 3]]
         assert model.bias.tolist() == [4]
+
+
+@pytest.mark.parametrize("kind", ["pkl", "pth"])
+def test_the_documented_conversion(tmp_path: Path, kind: str) -> None:
+    """A refused file that holds no harm becomes one that is read."""
+    page = Path(__file__).parents[1] / "docs" / "reliability.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for folder in ("in", "out"):
+        (tmp_path / folder).mkdir()
+        code = code.replace(f'"/{folder}"', repr(str(tmp_path / folder)))
+    source = tmp_path / "in" / f"weights.{kind}"
+    content = {"model": {"w": np.ones(2)}, "__author__": "x", "cfg": Call(Path, "config.yaml")}
+    if kind == "pkl":
+        source.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, source)
+    with pytest.raises(RefusedFileError, match=r"Convert a refused file"):
+        load_checkpoint(source)
+    exec(code, {})
+    found = load_checkpoint(tmp_path / "out" / "weights.pth")
+    assert found["model"]["w"].tolist() == [1, 1]
+    assert found["__author__"] == "x"
