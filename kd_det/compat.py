@@ -8,7 +8,6 @@ upstream's main branch, compiled or not.
 
 import contextlib
 import importlib.util
-import math
 import sys
 import types
 import warnings
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 _WITHOUT_C = (
     "deformable convolution, rotated boxes and the C++ COCOeval need Detectron2's compiled "
@@ -97,33 +95,6 @@ def _settle_focal_loss() -> None:
     logits = torch.zeros(1, 1, requires_grad=True)
     targets = torch.zeros(1, 1)
     sigmoid_focal_loss_jit(logits, targets, alpha=0.25, gamma=2.0, reduction="sum").backward()
-
-
-class GroupNorm(nn.GroupNorm):
-    """
-    GroupNorm with gcd(32, channels) groups, as narrow students and Detectron2's heads need it.
-
-    Detectron2's own "GN" asks for 32 groups of any width, and v0.6's RetinaNetHead probes it with
-    one channel, which raises. Groups of a single channel have no statistics on a 1x1 map, so where
-    gcd gives those, they hold two. Pass this class where a head takes a norm callable.
-    """
-
-    def __init__(self, num_channels: int) -> None:
-        groups = math.gcd(32, num_channels)
-        super().__init__(groups // 2 if groups == num_channels > 1 else groups, num_channels)
-
-
-def head_norm(name: str) -> Any:
-    """
-    Return what a Detectron2 dense head accepts as `norm`.
-
-    Args:
-        name: a Detectron2 norm name ("", "GN", "BN", "SyncBN", ...).
-
-    Returns:
-        The name itself, or `GroupNorm` for "GN".
-    """
-    return GroupNorm if name == "GN" else name
 
 
 def numpy_rebuilders() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Phrases for messages."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
@@ -12,3 +12,9 @@ def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
         tail = name.rsplit(".", 1)[-1]
         close = [v for v in valid if v.rsplit(".", 1)[-1] == tail][:count]
     return f"the nearest valid names are {', '.join(close or valid[:count])}"
+
+
+def some(items: Sequence[str], count: int = 12) -> str:
+    """Return the first of many items as a list in a sentence."""
+    rest = f", ... and {len(items) - count} more" if len(items) > count else ""
+    return ", ".join(items[:count]) + rest

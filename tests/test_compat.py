@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from kd_det import compat
 
@@ -95,24 +94,6 @@ def test_numpys_bool_is_made_where_it_is_missing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(np, "bool", raising=False)
     compat.install()
     assert np.bool is np.bool_
-
-
-class TestGroupNorm:
-    @pytest.mark.parametrize(
-        ("channels", "groups"), [(256, 32), (64, 32), (48, 16), (36, 4), (7, 1), (1, 1)]
-    )
-    def test_groups_divide_the_channels(self, channels: int, groups: int) -> None:
-        norm = compat.GroupNorm(channels)
-        assert norm.num_groups == groups
-        assert norm(torch.randn(2, channels, 3, 3)).shape == (2, channels, 3, 3)
-
-    def test_of_usual_widths_is_detectron2s(self) -> None:
-        x = torch.randn(2, 64, 3, 3)
-        assert torch.equal(compat.GroupNorm(64)(x), nn.GroupNorm(32, 64)(x))
-
-    def test_head_norm(self) -> None:
-        assert compat.head_norm("GN") is compat.GroupNorm
-        assert [compat.head_norm(name) for name in ("", "BN", "SyncBN")] == ["", "BN", "SyncBN"]
 
 
 class Arbitrary:

@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 
 import kd_det.modeling  # noqa: F401
 from kd_det.config import load_config, student_cfg
+from kd_det.distillers import node_name
 
 FOLDER = Path(__file__).parent.parent / "configs"
 
@@ -52,3 +53,16 @@ def test_no_level_is_built_that_no_head_reads(path: Path) -> None:
         losses = model([{"image": torch.rand(3, 128, 128) * 255, "instances": instances}] * 2)
     sum(losses.values()).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+PUBLISHED = [
+    path for path in CONFIGS if path.relative_to(FOLDER).parts[0] in ("coco", "crowdhuman")
+]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_published_experiments_give_their_weights(path: Path) -> None:
+    """The weight that sets itself is kd_det's: what a paper gives stands in its config."""
+    cfg = load_config(str(path))
+    for name in cfg.KD.DISTILLERS:
+        assert cfg.KD[node_name(name)].WEIGHT is not None

@@ -1,5 +1,5 @@
 """
-`kd-det bench msad`: what a low-resolution student saves, as a whole model.
+What a low-resolution student saves as a whole model.
 
 Three FCOS R50-FPN are compared at each width of configs/coco/msad: the full image on P3..P7, MSAD's
 aligned student (half the image, P2..P6, so the head works on the full model's grid) and the plain
@@ -8,6 +8,7 @@ and head on one image; padding, box decoding and non-maximum suppression are not
 """
 
 import argparse
+from collections.abc import Mapping
 from functools import partial
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 import kd_det.modeling  # noqa: F401  registers FCOS and its backbone
 from kd_det.bench.measure import device_name, ratio, take_turns
+from kd_det.bench.options import add_options
 from kd_det.config import add_kd_config
 
 FACTOR = 2
@@ -31,14 +33,13 @@ MODELS = {"full": (1, False), "aligned": (FACTOR, True), "plain": (FACTOR, False
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's options."""
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        default=(832, 1344),
-        metavar=("HEIGHT", "WIDTH"),
-        help="padded size of the full image in pixels, multiples of 64 (default: 832 1344)",
+    add_options(
+        parser,
+        size=(832, 1344),
+        size_help="padded size of the full image in pixels, multiples of 64",
+        rounds=3,
+        rounds_help="latency measurements of each; 0 counts multiply-adds only",
+        quick_help="a small image, two widths, one round",
     )
     parser.add_argument(
         "--widths",
@@ -48,13 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="widths of the ResNet (default: 1 0.75 0.5 0.25)",
     )
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=3,
-        help="latency measurements of each; 0 counts multiply-adds only (default: 3)",
-    )
-    parser.add_argument("--quick", action="store_true", help="a small image, two widths, one round")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,22 +99,7 @@ def run(*, device: str, size: tuple[int, int], widths: list[float], rounds: int)
         runs = {key: partial(network, images[key[1]]) for key, network in networks.items()}
         with torch.inference_mode():
             seconds = take_turns(runs, rounds, device)
-    rows = []
-    for width, name in networks:
-        whole, resnet = counts[width, name]
-        full_whole, full_resnet = counts[width, "full"]
-        row = {
-            "width": width,
-            "model": name,
-            "gmac": whole,
-            "ratio": whole / full_whole,
-            "resnet_gmac": resnet,
-            "resnet_ratio": resnet / full_resnet,
-        }
-        if rounds:
-            own = seconds[width, name]
-            row |= {"ms": 1e3 * median(own), "ms_ratio": ratio(own, seconds[width, "full"])}
-        rows.append(row)
+    rows = [_row(*key, counts, seconds) for key in networks]
     return {
         "device": device_name(device),
         "size": size,
@@ -128,6 +107,29 @@ def run(*, device: str, size: tuple[int, int], widths: list[float], rounds: int)
         "rows": rows,
         "seconds": {f"{name} {width:g}": values for (width, name), values in seconds.items()},
     }
+
+
+def _row(
+    width: float,
+    name: str,
+    counts: Mapping[tuple[float, str], tuple[float, float]],
+    seconds: Mapping[tuple[float, str], list[float]],
+) -> dict[str, Any]:
+    """Return what was counted and, unless nothing was, timed of one model."""
+    whole, resnet = counts[width, name]
+    full_whole, full_resnet = counts[width, "full"]
+    row = {
+        "width": width,
+        "model": name,
+        "gmac": whole,
+        "ratio": whole / full_whole,
+        "resnet_gmac": resnet,
+        "resnet_ratio": resnet / full_resnet,
+    }
+    if seconds:
+        own = seconds[width, name]
+        row |= {"ms": 1e3 * median(own), "ms_ratio": ratio(own, seconds[width, "full"])}
+    return row
 
 
 class Network(nn.Module):

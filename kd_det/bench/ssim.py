@@ -1,5 +1,5 @@
 """
-`kd-det bench ssim`: the SSIM loss against the SSIM of other libraries, forward and backward.
+SSIM between feature maps, forward and backward, beside other libraries.
 
 Every library computes the loss of the method: min-max per channel, SSIM with an 11 x 11 Gaussian
 window, (1 - SSIM) / 2, gradient for the student, on the pyramid p3..p7 of a RetinaNet. kornia has a
@@ -9,14 +9,12 @@ this package's loss in float64 under the same border rule.
 """
 
 import argparse
-import importlib
-import importlib.metadata
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -24,10 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_det.bench.measure import device_name, kept_bytes, peak_bytes, take_turns
-from kd_det.functional.ssim import min_max_normalize, ssim_loss
+from kd_det.bench.options import add_options
+from kd_det.bench.ssim_libraries import OWN, Library, Loss, load_libraries
+from kd_det.functional.ssim import SSIMOptions, ssim_loss
 
 STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
-OWN = "kd_det"
 # Both maps are read for the min-max and again for SSIM, the gradient is written, read and scaled.
 FLOOR_MAPS = 7
 PEAK_MEMORY = {
@@ -35,32 +34,19 @@ PEAK_MEMORY = {
     "cuda": "torch.cuda.max_memory_allocated",
 }
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class Library(NamedTuple):
-    """A library's loss and the border rule that it follows."""
-
-    version: str
-    border: str
-    loss: Loss
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's options."""
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        default=(800, 1344),
-        metavar=("HEIGHT", "WIDTH"),
-        help="padded image size in pixels (default: 800 1344)",
+    add_options(
+        parser,
+        size=(800, 1344),
+        size_help="padded image size in pixels",
+        rounds=5,
+        rounds_help="measurements of each",
+        quick_help="small maps, two rounds",
     )
     parser.add_argument("--images", type=int, default=2, help="images per batch (default: 2)")
     parser.add_argument("--channels", type=int, default=256, help="channels (default: 256)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="small maps, two rounds")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -131,63 +117,10 @@ def run(
         },
     }
     for title, names in (("p3", ["p3"]), ("pyramid", list(levels))):
-        report[title] = {}
-        for name, library in tqdm(libraries.items(), desc=f"memory {title}"):
-            ran = [level for level in names if (name, level) in seconds]
-            if not ran:
-                continue
-            errors = [accuracy[name][level] for level in ran]
-            report[title][name] = {
-                "levels": len(ran),
-                **times(seconds, name, ran),
-                **memory(library.loss, [levels[level] for level in ran], device),
-                **{key: max(error[key] for error in errors) for key in errors[0]},
-            }
+        chosen = {name: levels[name] for name in names}
+        report[title] = table(title, libraries, chosen, seconds, accuracy)
     report["floor"] = bandwidth_floor(levels, device)
     return report
-
-
-def load_libraries() -> dict[str, Library]:
-    """Import every library; the error for a missing one says how to install it."""
-    kornia, msssim, piq = map(_require, ("kornia", "pytorch_msssim", "piq"))
-    metrics = _require("torchmetrics.functional.image")
-
-    def with_kornia(student: Tensor, teacher: Tensor) -> Tensor:
-        scale = kornia.enhance.normalize_min_max
-        loss: Tensor = kornia.losses.ssim_loss(scale(student), scale(teacher), window_size=11)
-        return loss
-
-    def with_similarity(ssim: Callable[..., Tensor], **options: Any) -> Loss:
-        def loss(student: Tensor, teacher: Tensor) -> Tensor:
-            maps = min_max_normalize(student), min_max_normalize(teacher)
-            return (1 - ssim(*maps, **options)) / 2
-
-        return loss
-
-    torchmetrics_ssim = metrics.structural_similarity_index_measure
-    losses: dict[str, tuple[str, Loss]] = {
-        OWN: ("reflect", ssim_loss),
-        "kornia": ("reflect", with_kornia),
-        "torchmetrics": ("reflect", with_similarity(torchmetrics_ssim, data_range=1.0)),
-        "pytorch-msssim": ("valid", with_similarity(msssim.ssim, data_range=1.0)),
-        "piq": ("valid", with_similarity(piq.ssim, data_range=1.0, downsample=False)),
-    }
-    return {
-        name: Library(importlib.metadata.version(name), border, loss)
-        for name, (border, loss) in losses.items()
-    }
-
-
-def _require(module: str) -> Any:
-    try:
-        with warnings.catch_warnings():  # kornia compiles functions with torch.jit on import
-            warnings.simplefilter("ignore")
-            return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"kd-det bench ssim compares with {module}, which is not installed: "
-            "run `uv sync --group bench` (kornia needs Python 3.11)"
-        ) from error
 
 
 def random_pair(shape: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
@@ -229,7 +162,7 @@ def check(
                 failures.append({"library": name, "level": level, "error": str(error)})
                 continue
             if library.border not in exact:
-                loss = ssim_loss(*wide, border=library.border)
+                loss = ssim_loss(*wide, SSIMOptions(border=library.border))
                 exact[library.border] = loss.detach(), torch.autograd.grad(loss, wide[0])[0]
             true_value, true_grad = exact[library.border]
             accuracy[name][level] = {
@@ -237,6 +170,42 @@ def check(
                 "grad_error": ((grad - true_grad).norm() / true_grad.norm()).item(),
             }
     return failures, accuracy
+
+
+def table(
+    title: str,
+    libraries: Mapping[str, Library],
+    levels: Mapping[str, tuple[Tensor, Tensor]],
+    seconds: Mapping[tuple[str, str], list[float]],
+    accuracy: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> dict[str, dict[str, float]]:
+    """Return a row for each library that can run any of some levels."""
+    rows = {
+        name: row(name, library.loss, levels, seconds, accuracy)
+        for name, library in tqdm(libraries.items(), desc=f"memory {title}")
+    }
+    return {name: entry for name, entry in rows.items() if entry}
+
+
+def row(
+    name: str,
+    loss: Loss,
+    levels: Mapping[str, tuple[Tensor, Tensor]],
+    seconds: Mapping[tuple[str, str], list[float]],
+    accuracy: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> dict[str, float]:
+    """Return what was measured of a library on those of some levels it can run; empty for none."""
+    ran = [level for level in levels if (name, level) in seconds]
+    if not ran:
+        return {}
+    errors = [accuracy[name][level] for level in ran]
+    device = str(levels[ran[0]][0].device)
+    return {
+        "levels": len(ran),
+        **times(seconds, name, ran),
+        **memory(loss, [levels[level] for level in ran], device),
+        **{key: max(error[key] for error in errors) for key in errors[0]},
+    }
 
 
 def times(

@@ -17,6 +17,7 @@ from detectron2.data.datasets import load_coco_json
 from kd_det.data.coco_checks import check_coco
 from kd_det.data.scene import CLASSES
 from kd_det.data.shapes import KEYPOINT_FLIP_MAP, KEYPOINTS, make_shapes, shapes_json
+from kd_det.files import cache_root
 
 StrPath = str | os.PathLike[str]
 
@@ -31,17 +32,13 @@ _KEYS = ("name", "json", "images")
 _BONE_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167))
 
 
-def cache_dir() -> Path:
-    """Return where generated data is kept: `$KD_DET_CACHE`, by default `~/.cache/kd_det`."""
-    return Path(os.environ.get("KD_DET_CACHE") or Path.home() / ".cache" / "kd_det")
-
-
 def register_builtin() -> None:
     """
     Register shapes_, shapes_tiny_ and aquarium_ with train and val each. Safe to call again.
 
-    The shapes are drawn when they are first asked for. The aquarium photographs are expected under
-    `$DETECTRON2_DATASETS/aquarium` (`datasets/aquarium` where that variable is not set).
+    The shapes are drawn when they are first asked for, under the `cache_root` of now. The aquarium
+    photographs are expected under `$DETECTRON2_DATASETS/aquarium` (`datasets/aquarium` where that
+    variable is not set).
     """
     for name, (split, num_images) in SHAPES.items():
         if name not in DatasetCatalog:
@@ -140,7 +137,7 @@ def _load(name: str) -> list[dict[str, Any]]:
 
 
 def _register_shapes(name: str, *, split: str, num_images: int) -> None:
-    root = cache_dir()
+    root = cache_root()
     json_file = shapes_json(root, split=split, num_images=num_images)
 
     def load() -> list[dict[str, Any]]:

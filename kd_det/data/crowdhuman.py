@@ -15,7 +15,6 @@ import functools
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from PIL import Image
 
 from kd_det.data.annotation_checks import REACH, within
 from kd_det.data.synthetic_crowd import make_synthetic_crowd
+from kd_det.files import cache_root, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -142,28 +142,18 @@ def _image_sizes(files: dict[str, Path], sidecar: Path) -> dict[str, tuple[int, 
             entry = [length, *_read_size(file)]
         entries[image_id] = entry
     if entries != known:
-        _replace(sidecar, json.dumps(entries))
+        try:
+            write_text(sidecar, json.dumps(entries), shared=True)
+        except OSError as error:
+            logger.info(
+                "Image sizes are not remembered, reading them takes as long next time: %s", error
+            )
     return {image_id: (width, height) for image_id, (_, width, height) in entries.items()}
 
 
 def _is_entry(entry: Any) -> bool:
     whole = isinstance(entry, list) and all(type(value) is int and value > 0 for value in entry)
     return whole and len(entry) == 3
-
-
-def _replace(file: Path, text: str) -> None:
-    """Writes a file at once for all readers, if the folder can be written to."""
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=file.parent, prefix=f".{file.name}-", delete=False, encoding="utf-8"
-        ) as draft:
-            draft.write(text)
-        os.chmod(draft.name, 0o644)
-        os.replace(draft.name, file)
-    except OSError as error:
-        logger.info(
-            "Image sizes are not remembered, reading them takes as long next time: %s", error
-        )
 
 
 def _check_reach(where: str, box: dict[str, Any], width: int, height: int) -> None:
@@ -255,9 +245,7 @@ def _load_official(odgt_file: Path, image_root: Path) -> list[dict[str, Any]]:
     return load_crowdhuman(odgt_file, image_root)
 
 
-def _load_tiny(split: str) -> list[dict[str, Any]]:
-    cache = Path(os.environ.get("KD_DET_CACHE") or Path.home() / ".cache" / "kd_det")
-    root = cache / _TINY_FOLDER / split
+def _load_tiny(root: Path, split: str) -> list[dict[str, Any]]:
     odgt_file = root / "annotation.odgt"
     if not odgt_file.exists():
         num_images, seed = _TINY[split]
@@ -272,8 +260,9 @@ def register_builtin_crowd() -> None:
     """Registers crowdhuman_{train,val} and the synthetic crowd_tiny_{train,val}, once.
 
     CrowdHuman is expected under `$DETECTRON2_DATASETS/crowdhuman`. The synthetic crowd is made on
-    first use under `$KD_DET_CACHE`, by default `~/.cache/kd_det`.
+    first use under the `cache_root` of now, as all generated sets are.
     """
+    cache = cache_root() / _TINY_FOLDER
     root = Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser() / "crowdhuman"
     for split in ("train", "val"):
         if f"crowdhuman_{split}" in DatasetCatalog:
@@ -283,6 +272,7 @@ def register_builtin_crowd() -> None:
             f"crowdhuman_{split}", functools.partial(_load_official, odgt_file, image_root)
         )
         _describe(f"crowdhuman_{split}").set(odgt_file=str(odgt_file), image_root=str(image_root))
-        # Its place is settled when it is made, so no metadata names it.
-        DatasetCatalog.register(f"crowd_tiny_{split}", functools.partial(_load_tiny, split))
+        DatasetCatalog.register(
+            f"crowd_tiny_{split}", functools.partial(_load_tiny, cache / split, split)
+        )
         _describe(f"crowd_tiny_{split}")

@@ -1,223 +1,187 @@
-"""
-From what distillers want to what models give: done once, when the model is built.
+"""One entry of KD.DISTILLERS at work: the distiller, its weight, captures, pairs and adapters."""
 
-Both models run once on a blank image, in evaluation mode. That shows which captures fire, how often
-and in what order (so that the teacher can stop early), and each level's real stride and channels
-(so that pyramids are paired and adapters sized).
-"""
-
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
-from tabulate import tabulate
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.distillation.capture import CapturePath, Captures, FeatureCapture, tensors_of
-from kd_det.distillation.pairing import (
-    Level,
-    LevelPair,
-    build_adapters,
-    levels_of,
-    measure_levels,
-    on_one_grid,
-    pair_levels,
-)
-from kd_det.distillation.teacher import Teacher
-from kd_det.distillation.views import View
-from kd_det.distillers import CaptureSpec, Distiller, Pair
-from kd_det.modeling.dense.predictions import decode_dense
+from kd_det.distillation.auto_weight import AutoWeight
+from kd_det.distillation.batch import Frame
+from kd_det.distillation.capture import CapturePath, Captures
+from kd_det.distillation.gradient_share import Pull, ShareWatch, pull
+from kd_det.distillation.pairing import LevelPair, levels_of
+from kd_det.distillation.schedule import Schedule
+from kd_det.distillers import CaptureSpec, Distiller, Pair, Step, Targets
+from kd_det.distillers.predictions import DensePredictions, HeadOutputs
 
-_logger = logging.getLogger(__name__)
-
-# Side of the blank image: a multiple of every padding divisor in use, and small.
-_PROBE_SIDE = 256
+LossDict = dict[str, Tensor]
+# Iteration -> weight.
+WeightSchedule = Callable[[int], float]
 
 
 @dataclass(frozen=True)
-class _Probe:
-    """What a full pass over a blank image captured."""
+class ResolvedCapture:
+    """
+    One capture of one distiller, with the modules that its paths name.
 
-    captures: Captures
-    view_factor: float
-
-    def levels(self, path: CapturePath) -> list[Level]:
-        maps = levels_of(self.captures.get(path), path)
-        return measure_levels(maps, _PROBE_SIDE, self.view_factor)
-
-
-@dataclass
-class _Wanted:
-    """One capture of one distiller, resolved."""
+    Attributes:
+        spec: as the distiller wants it.
+        student, teacher: where it is captured.
+        pairs: of a pyramid, the levels on common grids, from fine to coarse.
+    """
 
     spec: CaptureSpec
     student: CapturePath | None
     teacher: CapturePath | None
-    pairs: Sequence[LevelPair] = ()
+    pairs: tuple[LevelPair, ...] = ()
 
 
-@dataclass
-class Seen:
-    """What one distiller sees of one step."""
-
-    student: dict[str, Any]
-    teacher: dict[str, Any]
-    student_features: list[Tensor]
-    levels: dict[str, list[tuple[LevelPair, Tensor, Tensor]]]
-    key: str
-    image_sizes: Sequence[tuple[int, int]]
-
-    def pairs(self, adapters: nn.ModuleDict) -> dict[str, list[Pair]]:
-        """Return the pairs of every pyramid capture, adapters applied, on one grid."""
-        sizes = torch.tensor(self.image_sizes, dtype=torch.float32)
-        out: dict[str, list[Pair]] = {}
-        for name, levels in self.levels.items():
-            modules = cast(nn.ModuleList, adapters[adapter_name(self.key, name)])
-            out[name] = []
-            for (pair, student, teacher), adapter in zip(levels, modules, strict=True):
-                student, teacher = on_one_grid(student, teacher, pair, self.image_sizes)
-                sizes = sizes.to(student.device, non_blocking=True)
-                out[name].append(Pair(pair.name, pair.stride, adapter(student), teacher, sizes))
-        return out
-
-
-@dataclass
-class Wiring:
-    """Captures, pairs and adapters of all active distillers."""
-
-    student_capture: FeatureCapture
-    teacher_capture: FeatureCapture
-    stop_after: int
-    wanted: dict[str, list[_Wanted]]
-    adapters: dict[str, nn.ModuleList]
-    teacher: Teacher
-
-    def gather(
-        self,
-        key: str,
-        student: Captures,
-        teacher: Captures,
-        image_sizes: Sequence[tuple[int, int]],
-    ) -> Seen:
-        """Sort the captures of one step for the distiller `key`."""
-        seen = Seen({}, {}, [], {}, key, image_sizes)
-        for item in self.wanted[key]:
-            name = item.spec.name
-            if item.spec.kind == "pyramid":
-                assert item.student is not None and item.teacher is not None
-                own = levels_of(student.get(item.student), item.student)
-                other = levels_of(teacher.get(item.teacher), item.teacher)
-                seen.levels[name] = [
-                    (p, own[p.student][1], other[p.teacher][1]) for p in item.pairs
-                ]
-                seen.student_features += [own[p.student][1] for p in item.pairs]
-                continue
-            if item.student is not None:
-                seen.student[name] = student.get(item.student)
-                seen.student_features += tensors_of(seen.student[name])
-            if item.teacher is not None:
-                outputs: Any = teacher.get(item.teacher)
-                if item.spec.kind == "predictions":
-                    outputs = decode_dense(self.teacher.model, outputs[0])
-                    # In the loaded image's pixels, as the ground truth is.
-                    outputs = outputs.scaled(self.teacher.view.factor)
-                seen.teacher[name] = outputs
-        return seen
-
-
-def adapter_name(key: str, capture: str) -> str:
-    """Return the name under which the adapters of a distiller's capture are kept."""
-    return f"{key}-{capture}"
-
-
-def wire(
-    *,
-    student: nn.Module,
-    teacher: Teacher,
-    view: View,
-    distillers: Mapping[str, Distiller],
-    resample: bool,
-) -> Wiring:
+class ActiveDistiller(nn.Module):
     """
-    Resolve the captures of all distillers, pair the pyramids, build the adapters.
+    A distiller with all that belongs to it.
 
     Args:
-        student: the plain student.
-        teacher: the loaded teacher.
-        view: the student's view.
-        distillers: by registry name.
-        resample: pair levels on different grids too.
-
-    Raises:
-        ValueError: a path names no module, a capture is no pyramid, or nothing pairs.
-        RuntimeError: a module that is to be captured does not run.
+        name: its entry of KD.DISTILLERS.
+        distiller: the technique.
+        schedule: its weight at every iteration, or the course of a weight that sets itself.
+        auto: the latter, if it does.
+        captures: resolved, pyramids paired.
+        adapters: per pyramid capture, one module per pair.
+        decode: turns the teacher's raw head outputs into `DensePredictions` in the loaded image's
+            pixels; None where no capture wants predictions.
     """
-    wanted = {
-        key: [_resolve(spec, student, teacher.model) for spec in d.captures()]
-        for key, d in distillers.items()
-    }
-    everything = [item for items in wanted.values() for item in items]
-    student_capture = FeatureCapture(student, [w.student for w in everything if w.student])
-    teacher_capture = FeatureCapture(teacher.model, [w.teacher for w in everything if w.teacher])
-    own = _Probe(_probe(student, student_capture), view.factor)
-    other = _Probe(_probe(teacher.model, teacher_capture), teacher.view.factor)
 
-    adapters: dict[str, nn.ModuleList] = {}
-    rows = []
-    for key, items in wanted.items():
-        for item in items:
-            if item.spec.kind != "pyramid" or item.student is None or item.teacher is None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        distiller: Distiller,
+        schedule: WeightSchedule,
+        auto: AutoWeight | None,
+        captures: list[ResolvedCapture],
+        adapters: Mapping[str, nn.ModuleList],
+        decode: Callable[[HeadOutputs], DensePredictions] | None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.distiller = distiller
+        self.schedule = schedule
+        self.auto = auto
+        self.captures = captures
+        self.adapters = nn.ModuleDict(adapters)
+        self._decode = decode
+
+    @property
+    def slug(self) -> str:
+        """Its name in loss keys and logged scalars: "ssim", or "ssim:head" for "SSIM:head"."""
+        return slug_of(self.name, self.distiller)
+
+    def step(self, student: Captures, teacher: Captures, targets: Targets, frame: Frame) -> Step:
+        """
+        Sort the captures of both models' passes over one batch into what the distiller sees.
+
+        Args:
+            student, teacher: what was captured.
+            targets: the batch's ground truth.
+            frame: the batch's geometry, common to all distillers.
+        """
+        pairs: dict[str, list[Pair]] = {}
+        predictions: dict[str, DensePredictions] = {}
+        features: list[Tensor] = []
+        for item in self.captures:
+            assert item.teacher is not None
+            outputs = teacher.get(item.teacher)
+            if item.spec.kind == "predictions":
+                assert self._decode is not None
+                predictions[item.spec.name] = self._decode(outputs[0])
                 continue
-            levels = own.levels(item.student), other.levels(item.teacher)
-            item.pairs = pair_levels(*levels, resample=resample)
-            built = build_adapters(item.pairs, *levels, mode=distillers[key].adapter)
-            device = next(student.parameters()).device
-            adapters[adapter_name(key, item.spec.name)] = built.to(device)
-            for pair, adapter in zip(item.pairs, built, strict=True):
-                inherent = isinstance(adapter, nn.Identity)
-                ends = levels[0][pair.student], levels[1][pair.teacher]
-                rows.append([key, *map(str, ends), "-" if inherent else "1x1", pair.resample])
-    headers = ["distiller", "student level", "teacher level", "adapter", "resampled"]
-    _logger.info("Paired pyramid levels:\n%s", tabulate(rows, headers=headers))
-    return Wiring(
-        student_capture=student_capture,
-        teacher_capture=teacher_capture,
-        stop_after=teacher_capture.count_needed(other.captures.order),
-        wanted=wanted,
-        adapters=adapters,
-        teacher=teacher,
-    )
+            assert item.student is not None
+            own = levels_of(student.get(item.student), item.student)
+            other = levels_of(outputs, item.teacher)
+            pairs[item.spec.name] = [
+                frame.pair(pair, own[pair.student][1], other[pair.teacher][1], adapter)
+                for pair, adapter in zip(
+                    item.pairs, cast(nn.ModuleList, self.adapters[item.spec.name]), strict=True
+                )
+            ]
+            features += [own[pair.student][1] for pair in item.pairs]
+        return Step(pairs, predictions, targets, features)
+
+    def is_awake(self, iteration: int) -> bool:
+        """Return whether it distils at this iteration; to be asked once per iteration."""
+        course = self.schedule(iteration)
+        if self.auto is None:
+            return course > 0
+        if isinstance(self.schedule, Schedule) and self.schedule.has_stopped(iteration):
+            self.auto.freeze()
+        return course > 0 and not self.auto.rests()
+
+    def weigh(
+        self, parts: dict[str, Tensor], detection: Tensor, step: Step, watch: ShareWatch
+    ) -> float:
+        """
+        Return the weight in force; measure and log the distiller's pull where that is due.
+
+        Args:
+            parts: the step's loss, unweighted.
+            detection: the sum of the student's own losses.
+            step: what the loss was computed from.
+            watch: when shares are logged.
+        """
+        storage = get_event_storage()
+        iteration = storage.iter
+        calibrating = self.auto is not None and self.auto.calibrating
+        watched = watch.is_due(iteration) or watch.is_new(self.slug)
+        found = None
+        if calibrating or (watched and any(x.requires_grad for x in step.features)):
+            found = pull(torch.stack(list(parts.values())).sum(), detection, step.features)
+        if self.auto is not None and calibrating and found is not None:
+            self.auto.measure(found.ratio)
+        weight = self.schedule(iteration) * (1.0 if self.auto is None else self.auto.weight)
+        storage.put_scalar(f"kd/{self.slug}/weight", weight)
+        if found is not None and watched:
+            self._log(found, weight, watch)
+        return weight
+
+    def _log(self, found: Pull, weight: float, watch: ShareWatch) -> None:
+        storage = get_event_storage()
+        ratio, cosine = torch.stack([found.ratio, found.cosine]).tolist()
+        for key, value in (("grad_share", ratio * weight), ("cosine", cosine)):
+            if math.isfinite(value):
+                storage.put_scalar(f"kd/{self.slug}/{key}", value)
+        if self.auto is None:  # one that sets itself is where it should be
+            # A warm-up or a decay is meant to make the share small.
+            full = self.schedule.weight if isinstance(self.schedule, Schedule) else weight
+            watch.hear(self.slug, ratio * full)
+
+    def losses(self, parts: dict[str, Tensor], weight: float) -> LossDict:
+        """Return the parts of a step's loss, weighted, under their keys."""
+        return {loss_key(self.slug, part): value * weight for part, value in parts.items()}
+
+    def idle(self) -> LossDict:
+        """
+        Return a zero loss that touches the parameters of a distiller that rests; none, if none.
+
+        A parameter without gradient would stall DDP's reduction. All processes rest at the same
+        iterations, so their loss keys stay the same.
+        """
+        modules = (self.distiller, self.adapters)
+        parameters = [p.sum() for module in modules for p in module.parameters()]
+        if not parameters:
+            return {}
+        return {loss_key(self.slug, "idle"): torch.stack(parameters).sum() * 0}
 
 
-def _resolve(spec: CaptureSpec, student: nn.Module, teacher: nn.Module) -> _Wanted:
-    return _Wanted(
-        spec,
-        None if spec.student is None else CapturePath.parse(spec.student, student),
-        None if spec.teacher is None else CapturePath.parse(spec.teacher, teacher),
-    )
+def slug_of(name: str, distiller: Distiller) -> str:
+    """Return the name of an entry of KD.DISTILLERS in loss keys and logged scalars."""
+    _, colon, label = name.partition(":")
+    return f"{distiller.config_key.lower()}{colon}{label}"
 
 
-@torch.no_grad()
-def _probe(model: nn.Module, capture: FeatureCapture) -> Captures:
-    """Run the whole model on a blank image in evaluation mode; buffers and modes stay."""
-    channels = next((len(b) for n, b in model.named_buffers() if n.endswith("pixel_mean")), 3)
-    image = torch.zeros(channels, _PROBE_SIDE, _PROBE_SIDE, device=next(model.parameters()).device)
-    with _evaluating(model), capture.record() as captures:
-        model([{"image": image}])
-    capture.count_needed(captures.order)
-    return captures
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode and give every module its own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def loss_key(slug: str, part: str) -> str:
+    """Return the key of a loss in the model's loss dict: `loss_kd_<distiller>[_<part>]`."""
+    return f"loss_kd_{slug}_{part}" if part else f"loss_kd_{slug}"

@@ -7,8 +7,9 @@ With no distillers it is the student in training too: same losses, bit for bit.
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -17,19 +18,33 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from kd_det.config import student_cfg
-from kd_det.distillation.active import Wiring, wire
-from kd_det.distillation.gradient_share import GradientShare
+from kd_det.distillation.activate import activate
+from kd_det.distillation.active import ActiveDistiller, LossDict, WeightSchedule
+from kd_det.distillation.auto_weight import AutoWeight, auto_weights
+from kd_det.distillation.batch import Frame, targets_of
+from kd_det.distillation.gradient_share import ShareWatch
 from kd_det.distillation.inherit import inherit
 from kd_det.distillation.schedule import Schedule
 from kd_det.distillation.teacher import Teacher, build_teacher
 from kd_det.distillation.views import View
-from kd_det.distillers import Distiller, Step, Targets, build_distiller, loss_key
-from kd_det.modeling.msad.aligned import AlignedMultiScaleDetector
+from kd_det.distillers import Distiller, Step, build_distiller, node_name
 from kd_det.text import nearest
 
 _logger = logging.getLogger(__name__)
 
-LossDict = dict[str, Tensor]
+
+@dataclass(frozen=True)
+class Observation:
+    """
+    What both models say of one batch.
+
+    Attributes:
+        outputs: the student's own: its losses in training, its detections in evaluation.
+        steps: what each active distiller sees, by its entry of KD.DISTILLERS.
+    """
+
+    outputs: Any
+    steps: dict[str, Step]
 
 
 @META_ARCH_REGISTRY.register()
@@ -39,8 +54,8 @@ class DistillationDetector(nn.Module):
 
     Attributes:
         student: the plain Detectron2 model; what ships.
-        adapters: per distiller and capture, the 1x1 convolutions of its pairs; dropped after
-            training.
+        active: the active distillers by their entry of KD.DISTILLERS; with their adapters they are
+            dropped after training.
         teacher: the frozen teacher, or None; not a submodule.
     """
 
@@ -50,8 +65,9 @@ class DistillationDetector(nn.Module):
         *,
         student: nn.Module,
         teacher: Teacher | None = None,
-        distillers: dict[str, Distiller] | None = None,
-        schedules: dict[str, Callable[[int], float]] | None = None,
+        distillers: Mapping[str, Distiller] | None = None,
+        schedules: Mapping[str, WeightSchedule] | None = None,
+        autos: Mapping[str, AutoWeight] | None = None,
         view: View | None = None,
         inherit_patterns: Sequence[str] = (),
         resample_levels: bool = False,
@@ -61,8 +77,9 @@ class DistillationDetector(nn.Module):
         Args:
             student: any Detectron2 meta-architecture, unmodified.
             teacher: needed where there are distillers or patterns to inherit.
-            distillers: active distillers by registry name.
-            schedules: per distiller, iteration -> weight.
+            distillers: by entry of KD.DISTILLERS.
+            schedules: of each distiller, iteration -> weight; 1 where there is none.
+            autos: weights that set themselves; the schedule is their course then.
             view: what the student sees of the loaded image.
             inherit_patterns: see `KD.INHERIT`; applied by `inherit_from_teacher`.
             resample_levels: see `KD.RESAMPLE_LEVELS`.
@@ -79,25 +96,24 @@ class DistillationDetector(nn.Module):
         # A plain object, not a module: the teacher must not reach the optimizer, the checkpoint,
         # DDP or .train().
         self.teacher = teacher
-        self.distillers = nn.ModuleDict(distillers)
-        self.schedules = schedules or {}
         self.view = view or View()
         self.inherit_patterns = tuple(inherit_patterns)
-        self.adapters = nn.ModuleDict()
-        self.gradient_share = GradientShare(grad_share_period)
-        self.wiring: Wiring | None = None
+        self.share_watch = ShareWatch(grad_share_period)
+        self.active: Mapping[str, ActiveDistiller] = nn.ModuleDict()  # type: ignore[assignment]
         if teacher is not None:
             _compare_views(self.view, teacher.model)
         if teacher is not None and distillers:
             with unchanged_rng():  # adapters draw their first weights
-                self.wiring = wire(
+                self.watch, active = activate(
                     student=student,
                     teacher=teacher,
                     view=self.view,
                     distillers=distillers,
+                    schedules={name: (schedules or {}).get(name, _one) for name in distillers},
+                    autos=autos or {},
                     resample=resample_levels,
                 )
-            self.adapters.update(self.wiring.adapters)
+            self.active = nn.ModuleDict(active)  # type: ignore[assignment]
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -115,15 +131,16 @@ class DistillationDetector(nn.Module):
             teacher = None
             if distillers or cfg.KD.INHERIT:
                 reads_scores = any(d.uses_class_scores for d in distillers.values())
-                teacher = build_teacher(cfg, check_classes=reads_scores)
+                teacher = build_teacher(cfg, same_classes_as=student if reads_scores else None)
         return {
             "student": student,
             "teacher": teacher,
             "distillers": distillers,
             "schedules": {
-                key: Schedule.from_config(cfg.KD[d.config_key], cfg.SOLVER.MAX_ITER)
-                for key, d in distillers.items()
+                key: Schedule.from_config(cfg.KD[node_name(key)], cfg.SOLVER.MAX_ITER)
+                for key in distillers
             },
+            "autos": auto_weights(cfg, distillers),
             "view": View(cfg.KD.STUDENT.VIEW_FACTOR, cfg.KD.STUDENT.VIEW_INTERPOLATION),
             "inherit_patterns": cfg.KD.INHERIT,
             "resample_levels": cfg.KD.RESAMPLE_LEVELS,
@@ -153,7 +170,7 @@ class DistillationDetector(nn.Module):
         if not self.inherit_patterns or self.teacher is None:
             return []
         copied = inherit(self.student, self.teacher.model, self.inherit_patterns)
-        if not self.distillers:
+        if not self.active:
             self.teacher = None
         return copied
 
@@ -167,91 +184,97 @@ class DistillationDetector(nn.Module):
         Returns:
             In training, the student's losses and `loss_kd_*`; in evaluation, the student's outputs.
         """
-        # Once for both models; views are computed where the models run.
-        batched_inputs = [
+        batched_inputs = self._on_device(batched_inputs)
+        if not self.training:
+            outputs = self.student(self.view(batched_inputs))
+            return self.view.restore(outputs, batched_inputs)
+        iteration = get_event_storage().iter
+        awake = [name for name, active in self.active.items() if active.is_awake(iteration)]
+        if not awake:
+            return {**self.student(self.view(batched_inputs)), **self._idle(self.active)}
+        return self._distil(batched_inputs, awake)
+
+    def observe(self, batched_inputs: list[dict[str, Any]]) -> Observation:
+        """
+        Run both models on a batch, the teacher only as far as the distillers look.
+
+        Training sums the losses of the steps; pictures and checks read the same steps. Gradients
+        and modes are the caller's choice.
+
+        Args:
+            batched_inputs: Detectron2's inputs, as loaded.
+
+        Raises:
+            RuntimeError: there is no active distiller, so nothing to observe.
+        """
+        if self.teacher is None or not self.active:
+            raise RuntimeError(
+                "No distiller is active (KD.DISTILLERS), so there is no step to see."
+            )
+        batched_inputs = self._on_device(batched_inputs)
+        with self.watch.student.record() as student:
+            outputs = self.student(self.view(batched_inputs))
+        teacher = self.teacher(batched_inputs, self.watch.teacher, self.watch.stop_after)
+        targets = targets_of(
+            batched_inputs, boxes=any(a.distiller.needs_boxes for a in self.active.values())
+        )
+        frame = Frame.of(targets.image_sizes, self.device)
+        steps = {
+            name: active.step(student, teacher, targets, frame)
+            for name, active in self.active.items()
+        }
+        return Observation(outputs, steps)
+
+    def _on_device(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Move the images once for both models; views are computed where the models run."""
+        return [
             {**item, "image": item["image"].to(self.device, non_blocking=True)}
             for item in batched_inputs
         ]
-        inputs = self.view(batched_inputs)
-        if not self.training:
-            return self.view.restore(self.student(inputs), batched_inputs)
-        iteration = get_event_storage().iter
-        weights = {key: schedule(iteration) for key, schedule in self.schedules.items()}
-        for key, weight in weights.items():
-            get_event_storage().put_scalar(f"kd/{self.distillers[key].slug}/weight", weight)
-        if not any(weights.values()) or self.wiring is None or self.teacher is None:
-            return {**self.student(inputs), **self._idle(self.distillers)}
-        return self._distil(batched_inputs, inputs, weights, iteration)
 
-    def _distil(
-        self,
-        batched_inputs: list[dict[str, Any]],
-        inputs: list[dict[str, Any]],
-        weights: dict[str, float],
-        iteration: int,
-    ) -> LossDict:
-        wiring, teacher = self.wiring, self.teacher
-        assert wiring is not None and teacher is not None
-        with wiring.student_capture.record() as student_captures:
-            detection: LossDict = self.student(inputs)
-        teacher_captures = teacher(batched_inputs, wiring.teacher_capture, wiring.stop_after)
-        targets = targets_of(batched_inputs)
-
-        losses = dict(detection)
-        features: dict[str, list[Tensor]] = {}
-        distilled: dict[str, Tensor] = {}
-        for key, module in self.distillers.items():
-            distiller = cast(Distiller, module)
-            if not weights[key]:
-                losses.update(self._idle([key]))
+    def _distil(self, batched_inputs: list[dict[str, Any]], awake: list[str]) -> LossDict:
+        seen = self.observe(batched_inputs)
+        losses: LossDict = dict(seen.outputs)
+        detection = torch.stack([value.float() for value in seen.outputs.values()]).sum()
+        for name, active in self.active.items():
+            if name not in awake:
+                losses.update(self._idle({name: active}))
                 continue
-            seen = wiring.gather(key, student_captures, teacher_captures, targets.image_sizes)
-            step = Step(
-                pairs=seen.pairs(self.adapters),
-                student=seen.student,
-                teacher=seen.teacher,
-                targets=targets,
-            )
-            parts = {p: v * weights[key] for p, v in distiller(step).items()}
-            losses.update({loss_key(distiller, part): value for part, value in parts.items()})
-            features[distiller.slug] = seen.student_features
-            distilled[distiller.slug] = torch.stack(list(parts.values())).sum()
-        if self.gradient_share.is_due(iteration):
-            self.gradient_share.measure(detection, distilled, features)
+            parts = active.distiller(seen.steps[name])
+            weight = active.weigh(parts, detection, seen.steps[name], self.share_watch)
+            # 0 where nothing could be measured yet: what overflowed times 0 would not be 0.
+            losses.update(active.losses(parts, weight) if weight else active.idle())
         return losses
 
-    def _idle(self, keys: Any) -> LossDict:
-        """
-        Zero losses that touch the adapters of distillers that rest.
+    @staticmethod
+    def _idle(active: Mapping[str, ActiveDistiller]) -> LossDict:
+        """Return the zero losses of distillers that rest."""
+        storage = get_event_storage()
+        for one in active.values():
+            storage.put_scalar(f"kd/{one.slug}/weight", 0.0)
+        return {key: loss for one in active.values() for key, loss in one.idle().items()}
 
-        A parameter without gradient would stall DDP's reduction. All processes rest at the same
-        iterations, so their loss keys stay the same.
-        """
-        out: LossDict = {}
-        for key in keys:
-            modules = [m for name, m in self.adapters.items() if name.startswith(f"{key}-")]
-            modules.append(self.distillers[key])
-            parameters = [p for module in modules for p in module.parameters()]
-            if parameters:
-                out[loss_key(cast(Distiller, self.distillers[key]), "idle")] = (
-                    torch.stack([p.sum() for p in parameters]).sum() * 0
-                )
-        return out
+
+def _one(iteration: int) -> float:
+    return 1.0
 
 
 def _compare_views(view: View, teacher: nn.Module) -> None:
-    """Warn where the student's small image is not the one that an aligned teacher learned on."""
-    if view.factor == 1 or not isinstance(teacher, AlignedMultiScaleDetector):
+    """Warn where the student's small image is not the one that the teacher was made for."""
+    # A teacher that aligns resolutions says which reduced view it learned on.
+    expected = getattr(teacher, "expected_view", None)
+    if view.factor == 1 or expected is None:
         return
-    if (view.factor, view.interpolation) != (teacher.factor, teacher.interpolation):
+    factor, interpolation = expected()
+    if (view.factor, view.interpolation) != (factor, interpolation):
         _logger.warning(
             "The student sees images reduced by %g (%s), but the aligned teacher learned on images "
             "reduced by %g (%s). Set KD.STUDENT.VIEW_FACTOR and VIEW_INTERPOLATION to what the "
             "teacher's MODEL.ALIGNED has, unless that is the experiment.",
             view.factor,
             view.interpolation,
-            teacher.factor,
-            teacher.interpolation,
+            factor,
+            interpolation,
         )
 
 
@@ -263,14 +286,3 @@ def unchanged_rng() -> contextlib.AbstractContextManager[None]:
     Models draw their first weights on the CPU; other devices' generators are not touched.
     """
     return torch.random.fork_rng(devices=[])
-
-
-def targets_of(batched_inputs: list[dict[str, Any]]) -> Targets:
-    """Collect the ground truth of a batch in the loaded image's frame, on the CPU."""
-    instances = [item["instances"] for item in batched_inputs]
-    return Targets(
-        boxes=[x.gt_boxes.tensor.cpu() for x in instances],
-        classes=[x.gt_classes.cpu() for x in instances],
-        image_sizes=[(item["image"].shape[-2], item["image"].shape[-1]) for item in batched_inputs],
-        ignored=[item.get("ignored_boxes", torch.zeros(0, 4)).cpu() for item in batched_inputs],
-    )

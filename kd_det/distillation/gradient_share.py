@@ -1,31 +1,105 @@
 """
-How much a distiller pulls on the student, beside its detection losses.
+How hard, and which way, a distiller pulls on the student, beside its detection losses.
 
-    kd/<distiller>/grad_share = |d loss_kd / d F| / |d loss_det / d F|
+    share  = |d loss_kd / d F| / |d loss_det / d F|
+    cosine = <d loss_kd / d F, d loss_det / d F> / their norms
 
-F are the student's captured features of that distiller; norms are over all of them. Weights of
-published methods span four orders of magnitude; the share says whether one is asleep or in command.
+F are the student's captured tensors of that distiller on which its loss depends; norms are over all
+of them. A share says whether a distiller is asleep or in command, a negative cosine that the two
+want opposite things.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 
-LOW, HIGH = 0.01, 10.0
-# A share counts as staying low or high after this many measurements in a row.
+LOW, HIGH = 0.01, 3.0
+# Steps at the start of a run that are all measured and warned about at once.
+FIRST = 20
+# Later, a share counts as staying low or high after this many measurements in a row.
 _PATIENCE = 3
 # Keeps float16 gradients of small losses above the smallest number; it cancels in the ratio.
 _SCALE = 1024.0
 
 
-class GradientShare:
+@dataclass(frozen=True)
+class Pull:
     """
-    Measures the shares every `period` iterations, and warns once where one stays extreme.
+    Gradients of a distiller and of the detection losses at the same tensors.
+
+    Attributes:
+        distiller, detection: their norms, scalars; NaN or infinite where they overflowed.
+        dot: their inner product.
+    """
+
+    distiller: Tensor
+    detection: Tensor
+    dot: Tensor
+
+    @property
+    def ratio(self) -> Tensor:
+        """The distiller's norm over that of the detection losses; NaN where the latter is zero."""
+        return torch.where(self.detection > 0, self.distiller / self.detection, float("nan"))
+
+    @property
+    def cosine(self) -> Tensor:
+        """The cosine of the angle between both, in [-1, 1]; NaN where one is zero."""
+        return self.dot / (self.distiller * self.detection)
+
+
+def pull(distilled: Tensor, detection: Tensor, features: Sequence[Tensor]) -> Pull:
+    """
+    Measure both gradients at the captured tensors; the graph stays for the backward pass.
+
+    No hook of a parameter fires, so DDP does not notice.
+
+    Args:
+        distilled: a distiller's loss.
+        detection: the sum of the student's own losses.
+        features: the student's captured tensors.
+
+    Raises:
+        ValueError: none of them is part of the graph.
+    """
+    inputs = [x for x in features if x.requires_grad]
+    if not inputs or not distilled.requires_grad:
+        raise ValueError(
+            "what is captured of the student carries no gradient, so the distiller cannot move it; "
+            "capture something that trains, or set its WEIGHT."
+        )
+    own = _gradients(distilled, inputs)
+    # Only what the loss depends on: a level that it leaves out must not count as detection's.
+    used = [(x, g) for x, g in zip(inputs, own, strict=True) if g is not None]
+    if not used:
+        zero = distilled.detach().float() * 0
+        return Pull(zero, zero, zero)
+    other = _gradients(detection, [x for x, _ in used])
+    pairs = [
+        (g.float(), torch.zeros_like(x, dtype=torch.float32) if d is None else d.float())
+        for (x, g), d in zip(used, other, strict=True)
+    ]
+    return Pull(
+        distiller=torch.stack([g.square().sum() for g, _ in pairs]).sum().sqrt(),
+        detection=torch.stack([d.square().sum() for _, d in pairs]).sum().sqrt(),
+        dot=torch.stack([(g * d).sum() for g, d in pairs]).sum(),
+    )
+
+
+def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    out: Sequence[Tensor | None] = torch.autograd.grad(
+        loss * _SCALE, inputs, retain_graph=True, allow_unused=True
+    )
+    return out
+
+
+class ShareWatch:
+    """
+    Says when shares are measured, and warns once per distiller where one is extreme.
 
     Args:
         period: iterations between measurements; 0 for never.
@@ -33,6 +107,7 @@ class GradientShare:
 
     def __init__(self, period: int) -> None:
         self.period = period
+        self._steps: dict[str, int] = {}
         self._streak: dict[str, int] = {}
         self._warned: set[str] = set()
 
@@ -40,52 +115,28 @@ class GradientShare:
         """Return whether this iteration is measured."""
         return self.period > 0 and iteration % self.period == 0
 
-    def measure(
-        self,
-        detection: Mapping[str, Tensor],
-        distilled: Mapping[str, Tensor],
-        features: Mapping[str, Sequence[Tensor]],
-    ) -> dict[str, float]:
+    def is_new(self, name: str) -> bool:
+        """Return whether a distiller has been measured fewer than `FIRST` times."""
+        return self.period > 0 and self._steps.get(name, 0) < FIRST
+
+    def hear(self, name: str, share: float) -> None:
         """
-        Measure and log each distiller's share.
-
-        Args:
-            detection: the student's losses.
-            distilled: per distiller, its weighted loss.
-            features: per distiller, the captured student features.
-
-        Returns:
-            Share per distiller; only those that have features in the graph.
+        Take note of a weighted share, and warn where it is extreme: at once in the first steps,
+        after several measurements in a row later.
         """
-        total = torch.stack([value.float() for value in detection.values()]).sum()
-        shares = {}
-        for key, loss in distilled.items():
-            inputs = [x for x in features[key] if x.requires_grad]
-            if not inputs or not loss.requires_grad:
-                continue
-            share = (_norm(loss, inputs) / _norm(total, inputs).clamp(min=1e-30)).item()
-            shares[key] = share
-            get_event_storage().put_scalar(f"kd/{key}/grad_share", share)
-            self._warn(key, share)
-        return shares
-
-    def _warn(self, key: str, share: float) -> None:
+        first = self.is_new(name)
+        self._steps[name] = self._steps.get(name, 0) + 1
         extreme = not LOW <= share <= HIGH
-        self._streak[key] = self._streak.get(key, 0) + 1 if extreme else 0
-        if self._streak[key] == _PATIENCE and key not in self._warned:
-            self._warned.add(key)
-            advice = "raise" if share < LOW else "lower"
-            _logger.warning(
-                "%s: the gradient of its loss at the paired features has been %.2g times that of "
-                "the detection losses for %d measurements; %s its WEIGHT.",
-                key,
-                share,
-                _PATIENCE,
-                advice,
-            )
-
-
-def _norm(loss: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-    gradients = torch.autograd.grad(loss * _SCALE, inputs, retain_graph=True, allow_unused=True)
-    squares = [g.float().square().sum() for g in gradients if g is not None]
-    return torch.stack(squares).sum().sqrt() if squares else loss.new_zeros(())
+        self._streak[name] = self._streak.get(name, 0) + 1 if extreme else 0
+        if not extreme or name in self._warned or (self._streak[name] < _PATIENCE and not first):
+            return
+        self._warned.add(name)
+        _logger.warning(
+            "%s: the gradient of its loss at the captured features is %.2g times that of the "
+            "detection losses%s; %s its WEIGHT, or remove it and let KD's SHARE set it "
+            "(docs/troubleshooting.md).",
+            name,
+            share,
+            "" if first else f", for {_PATIENCE} measurements",
+            "raise" if share < LOW else "lower",
+        )

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kd_det.distillation.capture import CapturePath
-from kd_det.functional.distance import at_least_float32
-
-# Strides within this relative distance are the same grid: sizes are rounded up to whole cells.
-_SAME_GRID = 0.02
+from kd_det.functional.level_grid import same_stride
+from kd_det.functional.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def pair_levels(
     for i, level in enumerate(student):
         gaps = [abs(math.log2(level.stride / other.stride)) for other in teacher]
         j = min(range(len(gaps)), key=gaps.__getitem__, default=-1)
-        same = j >= 0 and gaps[j] <= math.log2(1 + _SAME_GRID)
+        same = j >= 0 and same_stride(level.stride, teacher[j].stride)
         if same or (resample and j >= 0 and gaps[j] <= 0.5):
             name = f"{level.name}~{teacher[j].name}"
             scale = 1.0 if same else teacher[j].stride / level.stride

@@ -63,7 +63,9 @@ class Schedule:
         if not math.isfinite(self.weight) or self.weight < 0:
             raise ValueError(f"A distiller's WEIGHT must be finite and >= 0, found {self.weight}.")
         if self.decay not in ("constant", "cosine"):
-            raise ValueError(f"SCHEDULE.DECAY is {self.decay!r}, expected 'constant' or 'cosine'.")
+            raise ValueError(
+                f"SCHEDULE.DECAY is {self.decay!r}, expected 'constant', 'cosine' or 'auto'."
+            )
         if len(self.steps) != len(self.factors):
             raise ValueError(
                 f"SCHEDULE.STEPS has {len(self.steps)} entries and FACTORS {len(self.factors)}; "
@@ -79,18 +81,26 @@ class Schedule:
 
     @classmethod
     def from_config(cls, node: CfgNode, total: int) -> "Schedule":
-        """Build from a distiller's config node and SOLVER.MAX_ITER."""
+        """Build from a distiller's node and SOLVER.MAX_ITER; weight 1 where it is automatic."""
         schedule = node.SCHEDULE
+        automatic = node.WEIGHT is None
+        decay = schedule.DECAY
+        if decay == "auto":
+            decay = "cosine" if automatic else "constant"
         return cls(
-            weight=float(node.WEIGHT),
+            weight=1.0 if automatic else float(node.WEIGHT),
             total=total,
             warmup_iters=schedule.WARMUP_ITERS,
-            decay=schedule.DECAY,
+            decay=decay,
             final_factor=schedule.FINAL_FACTOR,
             stop=schedule.STOP_AT,
             steps=tuple(schedule.STEPS),
             factors=tuple(schedule.FACTORS),
         )
+
+    def has_stopped(self, iteration: int) -> bool:
+        """Return whether the weight is 0 from this iteration on by STOP_AT."""
+        return stop_at(iteration, self.stop) == 0
 
     def __call__(self, iteration: int) -> float:
         """Return the weight at an iteration (0 is the first)."""

@@ -6,28 +6,26 @@ bucket and no `.train()`.
 """
 
 import fnmatch
-import hashlib
-import itertools
 import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import build_model
 from torch import nn
 
 from kd_det.config import is_distillation, load_config, student_cfg
-from kd_det.data.annotation_file import read_class_names
 from kd_det.distillation.capture import Captures, FeatureCapture
+from kd_det.distillation.classes import check_same_classes
 from kd_det.distillation.views import View
+from kd_det.files import sha256_of
 from kd_det.reading import load_checkpoint
+from kd_det.text import some
 
 _logger = logging.getLogger(__name__)
 _PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -137,13 +135,14 @@ def teacher_weights(cfg: CfgNode, own_cfg: CfgNode) -> str:
     return str(weights)
 
 
-def build_teacher(cfg: CfgNode, *, check_classes: bool) -> Teacher:
+def build_teacher(cfg: CfgNode, *, same_classes_as: nn.Module | None = None) -> Teacher:
     """
     Build, load and freeze the teacher that a student's config names.
 
     Args:
         cfg: the full config of the run.
-        check_classes: a distiller reads class scores, so both models' classes must agree.
+        same_classes_as: the student, where a distiller reads class scores: both models' classes
+            must agree.
 
     Raises:
         FileNotFoundError: no config file or no weights.
@@ -158,10 +157,10 @@ def build_teacher(cfg: CfgNode, *, check_classes: bool) -> Teacher:
             "checkpoint."
         )
     plain = student_cfg(own_cfg)
-    if check_classes:
-        check_same_classes(cfg, own_cfg)
     flip = other_channel_order(cfg.INPUT.FORMAT, own_cfg.INPUT.FORMAT)
     model = build_model(plain)
+    if same_classes_as is not None:
+        check_same_classes(same_classes_as, model, cfg, own_cfg)
     path = load_strictly(model, weights, ignore=cfg.KD.TEACHER.IGNORE_KEYS)
     # A teacher that was itself trained on a reduced view keeps looking at one.
     reduced = is_distillation(own_cfg)
@@ -244,7 +243,7 @@ def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ())
         "of another shape": [shapes[key] for key in stray(shapes)],
     }
     if any(problems.values()) or not matched:
-        lists = "\n".join(f"  {what} ({len(k)}): {_some(k)}" for what, k in problems.items() if k)
+        lists = "\n".join(f"  {what} ({len(k)}): {some(k)}" for what, k in problems.items() if k)
         raise ValueError(
             f"The teacher's weights {weights} do not fit the model of its config: {matched} of "
             f"{len(wanted)} tensors matched.\n{lists}\nGive the config the weights were trained "
@@ -252,65 +251,3 @@ def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ())
         )
     _logger.info("Teacher: %d of %d tensors loaded from %s", matched, len(wanted), weights)
     return path
-
-
-def _some(keys: Sequence[str], count: int = 12) -> str:
-    rest = f", ... and {len(keys) - count} more" if len(keys) > count else ""
-    return ", ".join(keys[:count]) + rest
-
-
-def sha256_of(path: str) -> str:
-    """Return the sha256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def check_same_classes(student: CfgNode, teacher: CfgNode) -> None:
-    """
-    Compare what the models of two full configs predict.
-
-    Raises:
-        ValueError: class counts, or names of the training data's classes, differ.
-    """
-    counts = class_count(student_cfg(student)), class_count(student_cfg(teacher))
-    if counts[0] != counts[1]:
-        raise ValueError(
-            f"The student predicts {counts[0]} classes, the teacher {counts[1]}, and a distiller "
-            "reads class scores; both must be trained on the same classes."
-        )
-    names = class_names(student), class_names(teacher)
-    if names[0] and names[1] and names[0] != names[1]:
-        pairs = enumerate(itertools.zip_longest(*names, fillvalue="none"))
-        differing = [f"{i}: {a} / {b}" for i, (a, b) in pairs if a != b]
-        raise ValueError(
-            "Student and teacher name their classes differently, and a distiller reads class "
-            f"scores (index: student / teacher): {_some(differing)}."
-        )
-
-
-def class_count(plain: CfgNode) -> int | None:
-    """Return the number of classes of the model that a plain config names; None if unknown."""
-    name = plain.MODEL.META_ARCHITECTURE
-    if "ALIGNED" in plain.MODEL and name == "AlignedMultiScaleDetector":
-        name = plain.MODEL.ALIGNED.META_ARCHITECTURE
-    node = plain.MODEL.ROI_HEADS if name == "GeneralizedRCNN" else plain.MODEL.get(name.upper())
-    return None if node is None else int(node.NUM_CLASSES)
-
-
-def class_names(cfg: CfgNode) -> list[str]:
-    """Return the class names of a full config's first training set; empty if they are not known."""
-    if not cfg.DATASETS.TRAIN:
-        return []
-    name = cfg.DATASETS.TRAIN[0]
-    metadata = MetadataCatalog.get(name)
-    names = metadata.get("thing_classes")
-    # A teacher's own data need not be registered, nor be on this machine.
-    listed = (item["json"] for item in cfg.KD.DATASETS if item["name"] == name)
-    file = metadata.get("json_file") or next(listed, None)
-    if names is None and file and os.path.isfile(file):
-        # Detectron2 fills the names in when the set is loaded, in the order of the category ids.
-        names = read_class_names(Path(file))
-    return list(names or [])

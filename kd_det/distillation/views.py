@@ -94,7 +94,8 @@ class View:
         out = {**item, "image": image, "height": height, "width": width}
         if "instances" in item:
             per_pixel = [1 / scale for scale in scales]
-            out["instances"] = scale_instances(item["instances"], tuple(reduced), *per_pixel)
+            size = (reduced[0], reduced[1])
+            out["instances"] = scale_instances(item["instances"], size, *per_pixel)
         return out
 
     def restore(self, outputs: Any, batched_inputs: Sequence[dict[str, Any]]) -> Any:

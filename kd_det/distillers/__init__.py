@@ -8,11 +8,13 @@ from kd_det.distillers.base import (
     Step,
     Targets,
     build_distiller,
-    loss_key,
+    distiller_class,
+    node_name,
 )
 from kd_det.distillers.feature_lp import FeatureLp
 from kd_det.distillers.msad import AlignedPyramid
 from kd_det.distillers.pgd import PGD
+from kd_det.distillers.predictions import DensePredictions, register_decoder
 from kd_det.distillers.ssim import SSIM
 
 __all__ = [
@@ -21,11 +23,14 @@ __all__ = [
     "SSIM",
     "AlignedPyramid",
     "CaptureSpec",
+    "DensePredictions",
     "Distiller",
     "FeatureLp",
     "Pair",
     "Step",
     "Targets",
     "build_distiller",
-    "loss_key",
+    "distiller_class",
+    "node_name",
+    "register_decoder",
 ]

@@ -1,29 +1,30 @@
 """
 The contract between a distiller and the rest of kd_det.
 
-A distiller is one published technique. It says which captures it needs, and maps what was captured
-in one step to named losses. It knows nothing of yaml beyond its own `from_config`, nothing of
-trainers, checkpoints or how models run. Weights and their schedules, adapters, level pairing and
-views are applied around it.
+A distiller is one published technique. It brings its keys (`add_config`), says which captures it
+needs, and maps what was captured in one step to named losses. It knows nothing of trainers,
+checkpoints or how models run. Weights and their schedules, adapters, level pairing and views are
+applied around it.
 
 Shapes: N images, C channels, H W of a level, M boxes of an image.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from detectron2.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
+from kd_det.distillers.predictions import DensePredictions
+from kd_det.functional.level_grid import Grid, cells_on_images
 from kd_det.text import nearest
 
 DISTILLER_REGISTRY = Registry("DISTILLER")
 DISTILLER_REGISTRY.__doc__ = "Distillers by the name that KD.DISTILLERS lists."
 
-CaptureKind = Literal["pyramid", "raw", "predictions"]
+CaptureKind = Literal["pyramid", "predictions"]
 AdapterMode = Literal["auto", "always", "never"]
 
 
@@ -33,13 +34,13 @@ class CaptureSpec:
     Something a distiller wants to see of both models.
 
     Attributes:
-        name: the distiller's own word for it; key in `Step.pairs`, `Step.student`, `Step.teacher`.
+        name: the distiller's own word for it; key in `Step.pairs` or `Step.teacher`.
         student: module path in the student ("backbone", "head.cls_subnet.0", "backbone@1" for the
-            second call), or None if only the teacher's is wanted.
+            second call, "head.cls_subnet#0" for the first ReLU inside), or None if only the
+            teacher's is wanted.
         teacher: the same for the teacher.
-        kind: "pyramid" pairs the levels of both sides into `Step.pairs`; "raw" hands over the
-            outputs, one entry per call; "predictions" hands over the teacher's dense head outputs
-            decoded to `DensePredictions` (teacher only).
+        kind: "pyramid" pairs the levels of both sides into `Step.pairs`; "predictions" hands over
+            the teacher's dense head outputs decoded to `DensePredictions` (teacher only).
     """
 
     name: str
@@ -59,6 +60,7 @@ class Pair:
         student: (N, C, H, W), after the adapter if there is one; carries the graph.
         teacher: (N, C', H, W), no gradient.
         image_sizes: (N, 2) float, height and width of each loaded image without padding.
+        masks: `valid` of every grid asked for so far; the pairs of a step share it.
     """
 
     name: str
@@ -66,16 +68,15 @@ class Pair:
     student: Tensor
     teacher: Tensor
     image_sizes: Tensor
+    masks: dict[Grid, Tensor] = field(default_factory=dict, repr=False)
 
     def valid(self) -> Tensor:
         """Return (N, 1, H, W) float32 in {0, 1}: 1 where a cell's centre lies on the image."""
         height, width = self.student.shape[-2:]
-        device = self.student.device
-        y = (torch.arange(height, device=device) + 0.5) * self.stride
-        x = (torch.arange(width, device=device) + 0.5) * self.stride
-        rows = y[None, :] < self.image_sizes[:, :1]
-        columns = x[None, :] < self.image_sizes[:, 1:]
-        return (rows[:, None, :, None] & columns[:, None, None, :]).float()
+        grid = Grid(height, width, self.stride)
+        if grid not in self.masks:
+            self.masks[grid] = cells_on_images(grid, self.image_sizes)[:, None].float()
+        return self.masks[grid]
 
 
 @dataclass
@@ -106,39 +107,69 @@ class Step:
 
     Attributes:
         pairs: per "pyramid" capture, the paired levels from fine to coarse.
-        student: per "raw" capture, the student's outputs, one entry per call.
-        teacher: the same for the teacher; `DensePredictions` for "predictions".
+        teacher: per "predictions" capture, what the teacher predicts, in the loaded image's pixels.
         targets: ground truth in the loaded image's frame.
+        features: the student's captured tensors behind the pairs, before adapters and cuts: where
+            the pull of distillers and of detection losses is compared.
     """
 
     pairs: dict[str, list[Pair]]
-    student: dict[str, Any]
-    teacher: dict[str, Any]
+    teacher: dict[str, DensePredictions]
     targets: Targets
+    features: Sequence[Tensor] = ()
 
 
 class Distiller(nn.Module):
     """
-    Base class of all distillers.
+    Base class of all distillers; subclasses are registered with `@DISTILLER_REGISTRY.register()`.
 
-    Subclasses take explicit keyword arguments, translate the config in `from_config` (with
-    Detectron2's `@configurable`), and are registered with `@DISTILLER_REGISTRY.register()`.
+    A subclass takes explicit keyword arguments, each of which is a key of its node of the config in
+    lower case.
 
     Attributes:
         config_key: name of the distiller's node under KD; its lower case names the losses.
         uses_class_scores: whether the teacher's class scores are read, so that both models' classes
             must agree.
+        needs_boxes: whether `Step.targets` must hold the ground truth's boxes and classes.
         adapter: when paired student maps pass a 1x1 convolution to the teacher's channels.
     """
 
     config_key: ClassVar[str]
     uses_class_scores: ClassVar[bool] = False
+    needs_boxes: ClassVar[bool] = False
     adapter: AdapterMode = "never"
 
-    @property
-    def slug(self) -> str:
-        """Its name in loss keys and logged scalars."""
-        return self.config_key.lower()
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        """
+        Add this distiller's keys and their defaults to its node; subclasses extend it.
+
+        What all distillers have: a weight, and that weight's course over the iterations.
+        """
+        # Scalar in front of the distiller's losses. None: it sets itself by SHARE.
+        node.WEIGHT = None
+        # Without a WEIGHT: how hard the distiller pulls on the student at first, as the ratio of
+        # its gradient's norm at the captured features to that of the detection losses.
+        node.SHARE = 1.0
+        node.SCHEDULE = CfgNode()
+        # Iterations of linear growth from 0 to the full weight; 0: none.
+        node.SCHEDULE.WARMUP_ITERS = 0
+        # "constant", or "cosine": from the full weight to FINAL_FACTOR of it at SOLVER.MAX_ITER.
+        # "auto": cosine where the weight sets itself, constant where a WEIGHT is given.
+        node.SCHEDULE.DECAY = "auto"
+        node.SCHEDULE.FINAL_FACTOR = 0.0
+        # First iteration with weight 0; negative: never.
+        node.SCHEDULE.STOP_AT = -1
+        # Piecewise factors: FACTORS[i] holds from iteration STEPS[i] on; 1 before the first step.
+        node.SCHEDULE.STEPS = []
+        node.SCHEDULE.FACTORS = []
+
+    @classmethod
+    def from_config(cls, node: CfgNode) -> dict[str, Any]:
+        """Translate the distiller's node: keyword arguments are its keys in lower case."""
+        common = CfgNode()
+        Distiller.add_config(common)
+        return {key.lower(): value for key, value in node.items() if key not in common}
 
     def captures(self) -> Sequence[CaptureSpec]:
         """Return what this distiller needs to see."""
@@ -155,20 +186,33 @@ class Distiller(nn.Module):
         raise NotImplementedError
 
 
-def loss_key(distiller: Distiller, part: str) -> str:
-    """Return the key of a loss in the model's loss dict: `loss_kd_<distiller>[_<part>]`."""
-    name = f"loss_kd_{distiller.slug}"
-    return f"{name}_{part}" if part else name
-
-
-def build_distiller(name: str, cfg: CfgNode) -> Distiller:
+def distiller_class(name: str) -> type[Distiller]:
     """
-    Build a registered distiller from the full config.
+    Return the class that an entry of KD.DISTILLERS names, "<registered name>" or "<it>:<label>".
 
     Raises:
         KeyError: no distiller has that name; the message lists the nearest ones.
     """
+    registered = name.partition(":")[0]
     names = [key for key, _ in DISTILLER_REGISTRY]
-    if name not in names:
+    if registered not in names:
         raise KeyError(f"KD.DISTILLERS: no distiller is called {name}; {nearest(name, names)}.")
-    return DISTILLER_REGISTRY.get(name)(cfg)
+    found: type[Distiller] = DISTILLER_REGISTRY.get(registered)
+    return found
+
+
+def node_name(name: str) -> str:
+    """Return the key under KD of an entry of KD.DISTILLERS: "SSIM", or "SSIM:head"."""
+    _, colon, label = name.partition(":")
+    return f"{distiller_class(name).config_key}{colon}{label}"
+
+
+def build_distiller(name: str, cfg: CfgNode) -> Distiller:
+    """
+    Build the distiller of an entry of KD.DISTILLERS from the full config.
+
+    Raises:
+        KeyError: no distiller has that name; the message lists the nearest ones.
+    """
+    cls = distiller_class(name)
+    return cls(**cls.from_config(cfg.KD[node_name(name)]))

@@ -4,13 +4,11 @@ L1/L2 distance between paired feature maps: the baseline every paper compares wi
     L = sum over pairs of  mean over n, c, h, w of  |S - T|^p
 
 (FitNets, Romero et al., ICLR 2015, on every level of a pyramid.) With `normalize`, each channel of
-both maps is first standardised over the image, which makes the L2 distance that of the Pearson
-correlation (PKD, Cao et al., NeurIPS 2022).
+both maps is first standardised over the image, so that L2 is twice one minus their correlation
+(PKD, Cao et al., NeurIPS 2022, takes half of it and the moments of the whole batch).
 """
 
-from typing import Any
-
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from torch import Tensor
 
 from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
@@ -24,7 +22,15 @@ class FeatureLp(PyramidDistiller):
 
     config_key = "FEATURE_LP"
 
-    @configurable
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        """Add the keys of KD.FEATURE_LP."""
+        super().add_config(node)
+        # Exponent of the distance: 1 or 2.
+        node.P = 2
+        # Standardise each channel of both maps over the image first.
+        node.NORMALIZE = False
+
     def __init__(
         self,
         *,
@@ -54,12 +60,6 @@ class FeatureLp(PyramidDistiller):
             raise ValueError(f"KD.FEATURE_LP.P is {p}, expected 1 or 2.")
         self.p = p
         self.normalize = normalize
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Translate KD.FEATURE_LP."""
-        node = cfg.KD.FEATURE_LP
-        return {"p": node.P, "normalize": node.NORMALIZE, **cls.common_arguments(node)}
 
     def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
         """Return the mean L1 or L2 distance of a pair."""

@@ -11,16 +11,15 @@ alpha * T^2 / T with the paper's alpha 0.2 and temperature 3. An ordinary high-r
 teaches in the same way, with its p3..p7.
 """
 
-from typing import Any
-
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from torch import Tensor
 from torch.nn import functional as F
 
 from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
 from kd_det.distillers.pyramid import PyramidDistiller
-from kd_det.functional.distance import at_least_float32, masked_mean, mean_distance
+from kd_det.functional.distance import masked_mean, mean_distance
+from kd_det.functional.precision import at_least_float32
 from kd_det.functional.ssim import ssim_loss
 
 LOSSES = ("l1", "l2", "smooth_l1", "cosine", "ssim")
@@ -32,7 +31,17 @@ class AlignedPyramid(PyramidDistiller):
 
     config_key = "ALIGNED_PYRAMID"
 
-    @configurable
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        """Add the keys of KD.ALIGNED_PYRAMID."""
+        super().add_config(node)
+        # "fusion": the aligned teacher's fused pyramid; "detector.backbone@0" / "@1": its pyramid
+        # of the full / reduced view (its MODEL.ALIGNED.EVAL_BRANCH must be "fused": the others run
+        # one view only); "backbone": an ordinary teacher's.
+        node.TEACHER_CAPTURE = "fusion"
+        # "l1" (paper), "l2", "smooth_l1", "cosine" or "ssim".
+        node.LOSS = "l1"
+
     def __init__(
         self,
         *,
@@ -66,12 +75,6 @@ class AlignedPyramid(PyramidDistiller):
                 f"KD.ALIGNED_PYRAMID.LOSS is {loss!r}, expected one of {', '.join(LOSSES)}."
             )
         self.loss = loss
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Translate KD.ALIGNED_PYRAMID."""
-        node = cfg.KD.ALIGNED_PYRAMID
-        return {"loss": node.LOSS, **cls.common_arguments(node)}
 
     def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
         """Return the distance of a pair."""

@@ -7,12 +7,10 @@ ECCV 2022 (arXiv 2203.05469).
     importance  I: of each box, a Gaussian fitted to the K positions at which the teacher's class
                 score and IoU are best (`functional.gaussian_importance`), once with xi = 0.8 for
                 classification and once with 0.6 for regression
-    L = sum over levels  w_l (alpha L_fg + beta L_bg) + delta L_att      first block of the cls
-    tower
-                       + gamma L_fea + delta L_att                       first block of the reg
-                       tower
+    L = sum over levels  w_l (alpha L_fg + beta L_bg) + delta L_att    first block, cls tower
+                       + gamma L_fea + delta L_att                     first block, reg tower
 
-(`functional.prediction_guided` has the terms.) Beyond the paper: adapters where widths differ, and
+(`functional.pgd` has the terms.) Beyond the paper: adapters where widths differ, and
 FEATURES "neck", which applies the classification part to the pyramid itself, so that a dense
 teacher guides a student whose head has no towers.
 """
@@ -20,10 +18,10 @@ teacher guides a student whose head has no towers.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -36,24 +34,18 @@ from kd_det.distillers.base import (
     Step,
     Targets,
 )
-from kd_det.functional.gaussian_importance import Gate, importance_maps
+from kd_det.distillers.predictions import DensePredictions
+from kd_det.functional.gaussian_importance import Gate, ImportanceOptions, importance_maps
 from kd_det.functional.level_grid import (
-    Level,
+    Grid,
     positions_in_boxes,
     positions_in_images,
+    same_stride,
     split_levels,
     to_device,
 )
-from kd_det.functional.pgd import (
-    MaskScope,
-    classification_terms,
-    count_selected,
-    regression_terms,
-)
+from kd_det.functional.pgd import MaskScope, classification_terms, count_selected, regression_terms
 from kd_det.functional.reduce import mean_over_processes
-
-# Strides within this relative distance are the same grid.
-_SAME_GRID = 0.02
 
 
 @dataclass(frozen=True)
@@ -79,8 +71,51 @@ class PGD(Distiller):
 
     config_key = "PGD"
     uses_class_scores = True
+    needs_boxes = True
 
-    @configurable
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        """Add the keys of KD.PGD. Values are those of FCOS R101 -> R50 where detectors differ."""
+        super().add_config(node)
+        # "towers": the head's towers, as published; "neck": the pyramid itself, for students whose
+        # head has no towers (R-CNN students of a dense teacher; not in the paper), classification
+        # part alone.
+        node.FEATURES = "towers"
+        # Module paths of the towers in both models; an empty REG_TOWER (coupled heads) leaves the
+        # classification part alone.
+        node.CLS_TOWER = "head.cls_subnet"
+        node.REG_TOWER = "head.bbox_subnet"
+        # Block of the towers whose activation is compared; 0 is the first.
+        node.TOWER_BLOCK = 0
+        # Adapter where the towers' widths differ ("auto"); the paper has none.
+        node.ADAPTER = "auto"
+        # Weights of classification foreground, background, regression, attention. The release
+        # weights a batch's images by each other's masks: with right masks ALPHA and BETA may need
+        # to be 2 to 4 times larger.
+        node.ALPHA = 0.04
+        node.BETA = 0.02
+        node.GAMMA = 0.064
+        node.DELTA = 0.0008
+        # Factors of ALPHA and BETA per level, from fine to coarse.
+        node.LEVEL_WEIGHTS = [1.0, 1.25, 1.5, 1.75, 2.0]
+        # Temperature of both attentions (AutoAssign: 0.4).
+        node.TAU = 0.8
+        # Positions selected for each box (ATSS: 9).
+        node.TOP_K = 30
+        # Exponent of the IoU in the quality score, for the two masks; 1 - it is the class score's.
+        node.XI_CLS = 0.8
+        node.XI_REG = 0.6
+        # The box gates positions "before" the top-k (paper) or "after" the fit (release).
+        node.GATE = "before"
+        # Padding takes part in nothing (the release's anchor-based heads); False counts it as
+        # background.
+        node.MASK_PADDING = True
+        # Regions annotated as crowd or ignored are no background (the release counts them as such).
+        node.MASK_IGNORED = False
+        # Masks of each "image", or summed over the "batch" (the release, whose results may rest on
+        # it).
+        node.MASK_SCOPE = "image"
+
     def __init__(
         self,
         *,
@@ -139,12 +174,6 @@ class PGD(Distiller):
         self.mask_ignored = mask_ignored
         self.mask_scope = mask_scope
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Translate KD.PGD: keyword arguments are its keys in lower case."""
-        skipped = ("WEIGHT", "SCHEDULE")
-        return {key.lower(): value for key, value in cfg.KD.PGD.items() if key not in skipped}
-
     def captures(self) -> Sequence[CaptureSpec]:
         """Return the towers of both models and the teacher's predictions."""
         specs = [CaptureSpec("cls", self.cls_path, self.cls_path)]
@@ -163,7 +192,7 @@ class PGD(Distiller):
         return losses
 
     @torch.no_grad()
-    def masks(self, predictions: Any, targets: Targets) -> Masks:
+    def masks(self, predictions: DensePredictions, targets: Targets) -> Masks:
         """
         Compute importance and background of every position.
 
@@ -172,13 +201,13 @@ class PGD(Distiller):
             targets: the ground truth.
         """
         device = predictions.logits[0].device
-        levels = [
-            Level(height, width, stride, predictions.offset)
+        grids = [
+            Grid(height, width, stride, predictions.offset)
             for (height, width), stride in zip(predictions.sizes, predictions.strides, strict=True)
         ]
         boxes, present = _pad(targets.boxes)
         classes = pad_sequence(targets.classes, batch_first=True).reshape(present.shape)
-        on_image = positions_in_images(levels, targets.image_sizes, device)
+        on_image = positions_in_images(grids, targets.image_sizes, device)
         valid = on_image if self.mask_padding else torch.ones_like(on_image)
         cls, reg = importance_maps(
             torch.cat(predictions.logits, 1),
@@ -186,17 +215,15 @@ class PGD(Distiller):
             boxes,
             classes,
             present,
-            levels,
-            exponents=self.exponents,
-            top_k=self.top_k,
-            gate=self.gate,
+            grids,
+            ImportanceOptions(exponents=self.exponents, top_k=self.top_k, gate=self.gate),
             position_valid=valid,
         )
-        background = ~to_device(positions_in_boxes(levels, boxes, present), device)
+        background = ~to_device(positions_in_boxes(grids, boxes, present), device)
         if self.mask_ignored:
             ignored, some = _pad(targets.ignored)
-            background &= ~to_device(positions_in_boxes(levels, ignored, some), device)
-        return Masks(*(split_levels(x, levels) for x in (cls, reg, background, valid)))
+            background &= ~to_device(positions_in_boxes(grids, ignored, some), device)
+        return Masks(*(split_levels(x, grids) for x in (cls, reg, background, valid)))
 
     def _classification(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:
         if len(pairs) > len(self.level_weights):
@@ -219,16 +246,14 @@ class PGD(Distiller):
         return torch.stack(losses).sum()
 
     def _regression(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:
-        losses = []
         importances = [_on_grid(masks.reg, pair, strides) for pair in pairs]
         # Of all processes, each object weighs the same: one exchange for all levels.
         counts = mean_over_processes(torch.stack([count_selected(x) for x in importances]))
-        for pair, importance, count in zip(pairs, importances, counts, strict=True):
-            terms = regression_terms(
-                pair.student, pair.teacher, importance, tau=self.tau, count=count
-            )
-            losses.append(terms.weighted(self.gamma, self.delta))
-        return torch.stack(losses).sum()
+        terms = (
+            regression_terms(pair.student, pair.teacher, importance, tau=self.tau, count=count)
+            for pair, importance, count in zip(pairs, importances, counts, strict=True)
+        )
+        return torch.stack([term.weighted(self.gamma, self.delta) for term in terms]).sum()
 
 
 def _expect_choice(key: str, value: str, choices: Sequence[str]) -> None:
@@ -265,9 +290,9 @@ def _on_grid(masks: list[Tensor], pair: Pair, strides: Sequence[float]) -> Tenso
         )
     mask = masks[level]
     height, width = pair.student.shape[-2:]
-    ratio = pair.stride / strides[level]
-    if abs(ratio - 1) < _SAME_GRID:
+    if same_stride(pair.stride, strides[level]):
         return mask[:, :height, :width]  # what is cut off is padding beyond the common grid
+    ratio = pair.stride / strides[level]
     for dim, count in ((1, height), (2, width)):
         cells = (torch.arange(count, device=mask.device) + 0.5) * ratio
         mask = mask.index_select(dim, cells.long().clamp(max=mask.shape[dim] - 1))

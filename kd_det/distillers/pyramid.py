@@ -1,7 +1,6 @@
 """What distillers that compare paired pyramid levels one by one have in common."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -21,6 +20,19 @@ class PyramidDistiller(Distiller):
         mask_padding: only cells on the image count.
     """
 
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        """Add which maps are compared, and how they are brought together."""
+        super().add_config(node)
+        # Module paths whose outputs are the pyramids; "path@1" is the second call of a module.
+        node.STUDENT_CAPTURE = "backbone"
+        node.TEACHER_CAPTURE = "backbone"
+        # 1x1 convolution from the student's channels to the teacher's, dropped after training:
+        # "auto" (where channel counts differ), "always" or "never".
+        node.ADAPTER = "auto"
+        # Leave the padded area of batched images out of the loss.
+        node.MASK_PADDING = False
+
     def __init__(
         self,
         *,
@@ -39,16 +51,6 @@ class PyramidDistiller(Distiller):
         self.mask_padding = mask_padding
         self.spec = CaptureSpec("features", student_capture, teacher_capture)
         self.adapter = adapter
-
-    @staticmethod
-    def common_arguments(node: CfgNode) -> dict[str, Any]:
-        """Translate the keys that all these distillers have."""
-        return {
-            "mask_padding": node.MASK_PADDING,
-            "student_capture": node.STUDENT_CAPTURE,
-            "teacher_capture": node.TEACHER_CAPTURE,
-            "adapter": node.ADAPTER,
-        }
 
     def captures(self) -> Sequence[CaptureSpec]:
         """Return the one pyramid that is compared."""

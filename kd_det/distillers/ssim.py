@@ -11,14 +11,14 @@ maps that were min-max normalised; the student's pass a 1x1 convolution first wh
 The detector's own losses stay as they are; the weight (lambda) is 2 or 4.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode
 from torch import Tensor
 
 from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
 from kd_det.distillers.pyramid import PyramidDistiller
-from kd_det.functional.ssim import ssim_loss, ssim_map
+from kd_det.functional.ssim import SSIMOptions, ssim_loss, ssim_map
 
 
 @DISTILLER_REGISTRY.register()
@@ -27,7 +27,25 @@ class SSIM(PyramidDistiller):
 
     config_key = "SSIM"
 
-    @configurable
+    @classmethod
+    def add_config(cls, node: CfgNode) -> None:
+        """Add the keys of KD.SSIM. The paper weighs it by lambda, 2 or 4."""
+        super().add_config(node)
+        # Odd number of cells per side of the window; "gaussian" of SIGMA cells, or "box".
+        node.WINDOW_SIZE = 11
+        node.SIGMA = 1.5
+        node.WINDOW = "gaussian"
+        # At the border: "reflect" (the reference code's), "renorm" (rescale what lies inside), or
+        # "valid".
+        node.BORDER = "reflect"
+        # What shares one min-max range: each "channel" of each image, each "image", the whole
+        # "level", or "none". The paper does not say; "channel" is what its reference library
+        # offers.
+        node.NORMALIZE = "channel"
+        # Exponents, each 0 or 1, of the luminance, contrast and structure terms (the paper's
+        # ablation).
+        node.EXPONENTS = [1, 1, 1]
+
     def __init__(
         self,
         *,
@@ -36,7 +54,7 @@ class SSIM(PyramidDistiller):
         window: str = "gaussian",
         border: str = "reflect",
         normalize: str = "channel",
-        exponents: tuple[int, int, int] = (1, 1, 1),
+        exponents: Sequence[int] = (1, 1, 1),
         mask_padding: bool = False,
         student_capture: str = "backbone",
         teacher_capture: str = "backbone",
@@ -45,8 +63,11 @@ class SSIM(PyramidDistiller):
         """
         Args:
             window_size, sigma, window, border, normalize, exponents: see
-                `functional.ssim.ssim_loss`.
+                `functional.ssim.SSIMOptions`.
             mask_padding, student_capture, teacher_capture, adapter: see `PyramidDistiller`.
+
+        Raises:
+            ValueError: an option is out of its range.
         """
         super().__init__(
             mask_padding=mask_padding,
@@ -54,42 +75,20 @@ class SSIM(PyramidDistiller):
             teacher_capture=teacher_capture,
             adapter=adapter,
         )
-        self.window_size = window_size
-        self.sigma = sigma
-        self.window = window
-        self.border = border
-        self.normalize = normalize
-        self.exponents = exponents
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Translate KD.SSIM."""
-        node = cfg.KD.SSIM
-        luminance, contrast, structure = node.EXPONENTS
-        return {
-            "window_size": node.WINDOW_SIZE,
-            "sigma": node.SIGMA,
-            "window": node.WINDOW,
-            "border": node.BORDER,
-            "normalize": node.NORMALIZE,
-            "exponents": (luminance, contrast, structure),
-            **cls.common_arguments(node),
-        }
+        luminance, contrast, structure = exponents
+        self.options = SSIMOptions(
+            window_size=window_size,
+            sigma=sigma,
+            window=window,
+            border=border,
+            normalize=normalize,
+            exponents=(luminance, contrast, structure),
+        )
 
     def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
         """Return the mean structural dissimilarity of a pair."""
-        return ssim_loss(pair.student, pair.teacher, mask=mask, **self._options())
+        return ssim_loss(pair.student, pair.teacher, self.options, mask)
 
     def similarity(self, pair: Pair) -> Tensor:
         """Return the SSIM of a pair at every position, (N, C, H, W) in [-1, 1], for pictures."""
-        return ssim_map(pair.student, pair.teacher, **self._options())
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "window_size": self.window_size,
-            "sigma": self.sigma,
-            "window": self.window,
-            "border": self.border,
-            "normalize": self.normalize,
-            "exponents": self.exponents,
-        }
+        return ssim_map(pair.student, pair.teacher, self.options)

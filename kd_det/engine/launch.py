@@ -13,47 +13,46 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kd_det.engine.job import Job
 
-def launch(
-    main: Callable[[Any], Any],
-    args: Any,
-    *,
-    num_gpus: int,
-    num_machines: int,
-    machine_rank: int,
-    dist_url: str,
-    device: str = "cuda",
-) -> Any:
+
+def launch(main: Callable[[Job], Any], job: Job) -> Any:
     """
-    Run `main(args)` in every process of the job.
+    Run `main(job)` in every process of the job.
 
     Under torchrun the processes exist already and the command-line numbers are not used. Otherwise
     Detectron2's launcher starts one process per GPU.
 
     Args:
-        main, args: what each process runs.
-        num_gpus, num_machines, machine_rank, dist_url: as on Detectron2's command line.
-        device: MODEL.DEVICE; under torchrun, "cpu" keeps the processes off the GPUs.
+        main: what each process runs.
+        job: its arguments --num-gpus, --num-machines, --machine-rank and --dist-url are those of
+            Detectron2; under torchrun, MODEL.DEVICE "cpu" keeps the processes off the GPUs.
 
     Raises:
         RuntimeError: more GPUs are asked for than there are.
     """
+    args, device = job.args, job.cfg.MODEL.DEVICE  # a wrong config stops here, in one process
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return _join_torchrun(main, args, device)
-    if num_gpus * num_machines == 1:
-        return main(args)
+        return _join_torchrun(main, job, device)
+    if args.num_gpus * args.num_machines == 1:
+        return main(job)
     found = torch.cuda.device_count()
-    if num_gpus > found:
+    if args.num_gpus > found:
         raise RuntimeError(
-            f"--num-gpus {num_gpus}, but this machine has {found}. For several CPU processes use "
-            "`torchrun --nproc-per-node N train_net.py ...`."
+            f"--num-gpus {args.num_gpus}, but this machine has {found}. For several CPU processes "
+            "use `torchrun --nproc-per-node N train_net.py ...`."
         )
     return detectron2_launch(
-        main, num_gpus, num_machines, machine_rank, dist_url=dist_url, args=(args,)
+        main,
+        args.num_gpus,
+        args.num_machines,
+        args.machine_rank,
+        dist_url=args.dist_url,
+        args=(job,),
     )
 
 
-def _join_torchrun(main: Callable[[Any], Any], args: Any, device: str) -> Any:
+def _join_torchrun(main: Callable[[Job], Any], job: Job, device: str) -> Any:
     use_gpu = torch.cuda.is_available() and device != "cpu"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_gpu:
@@ -62,7 +61,7 @@ def _join_torchrun(main: Callable[[Any], Any], args: Any, device: str) -> Any:
     _create_local_group(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     try:
         comm.synchronize()
-        return main(args)
+        return main(job)
     finally:
         dist.destroy_process_group()
 

@@ -1,8 +1,8 @@
 """
-From the command line to a trained or evaluated model; what `train_net.py` runs.
+From the command line to a trained or evaluated model; `train_net.py` is made of these parts.
 """
 
-import argparse
+import functools
 import logging
 import os
 import tempfile
@@ -11,116 +11,111 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from kd_det.checkpoint import KDCheckpointer
-from kd_det.config import is_distillation, load_config
+from kd_det.config import is_distillation
 from kd_det.data import register_from_config
 from kd_det.distillation.teacher import teacher_config, teacher_weights
+from kd_det.engine.job import Job
 from kd_det.engine.launch import launch
-from kd_det.engine.progress import write_result
+from kd_det.engine.run_files import write_result
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.files import read_json
 
 _logger = logging.getLogger("kd_det.engine")
+TrainerClass = type[DistillationTrainer]
 
 
-_EPILOG = """
-Train (the teacher first, if it is absent), continue, evaluate the student alone:
-  train_net.py --config-file configs/quickstart/feature_lp.yaml
-  train_net.py --config-file configs/quickstart/feature_lp.yaml --resume
-  train_net.py --config-file configs/quickstart/feature_lp.yaml --eval-only
-
-Override any key:
-  train_net.py --config-file F SOLVER.BASE_LR 0.001 KD.SSIM.WEIGHT 2.0
-"""
-
-
-def main(argv: Sequence[str] | None = None) -> Any:
+def main(argv: Sequence[str] | None = None, trainer: TrainerClass = DistillationTrainer) -> Any:
     """
     Parse the command line, start the processes, train or evaluate.
+
+    Args:
+        argv: arguments of train_net.py; None: those of this process.
+        trainer: `DistillationTrainer` or a class derived from it, importable by its name if there
+            are to be several processes.
 
     Returns:
         Metrics by task, in the main process of a single-process job.
     """
-    parser = default_argument_parser(epilog=_EPILOG)
-    args = parser.parse_args(argv)
-    if not args.config_file:
-        parser.error("--config-file is required, e.g. configs/quickstart/feature_lp.yaml")
-    device = load_config(args.config_file, args.opts).MODEL.DEVICE
-    return launch(
-        run,
-        args,
-        num_gpus=args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        device=device,
-    )
+    return launch(functools.partial(run, trainer=trainer), Job.from_command_line(argv))
 
 
-def run(args: argparse.Namespace) -> Any:
-    """Run one process of a job."""
-    cfg = load_config(args.config_file, args.opts)
-    register_from_config(cfg.KD.DATASETS)
-    _check_writable(cfg.OUTPUT_DIR)
-    cfg.freeze()
-    default_setup(cfg, args)
+def run(job: Job, trainer: TrainerClass = DistillationTrainer) -> Any:
+    """Do what each process of a job does; return metrics by task."""
+    cfg = set_up(job)
+    if job.args.eval_only:
+        given = "MODEL.WEIGHTS" in job.args.opts
+        return evaluate(cfg, trainer, last=job.args.resume or not given)
+    return train(cfg, trainer, resume=job.args.resume)
+
+
+def set_up(job: Job) -> CfgNode:
+    """
+    Register the config's data sets, open the output folder and the logs, seed.
+
+    Returns:
+        The full config, frozen.
+
+    Raises:
+        PermissionError: OUTPUT_DIR cannot be written.
+        FileNotFoundError, KeyError, ValueError: from the config and its data sets.
+    """
+    cfg = job.cfg
+    _prepare(cfg)
+    default_setup(cfg, job.args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
-    if args.eval_only:
-        given = "MODEL.WEIGHTS" in args.opts
-        return evaluate(cfg, last=args.resume or not given)
-    return train(cfg, resume=args.resume)
+    return cfg
 
 
-def train(cfg: CfgNode, *, resume: bool) -> Any:
+def train(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, resume: bool) -> Any:
     """
     Train what the config names, its teacher first if that is absent.
 
     Args:
         cfg: full config.
+        trainer: trains the student, and an absent teacher.
         resume: continue from the last checkpoint in OUTPUT_DIR, if there is one.
 
     Returns:
         Metrics by task of the final evaluation.
     """
-    if is_distillation(cfg) and (cfg.KD.DISTILLERS or cfg.KD.INHERIT):
-        _train_missing_teacher(cfg)
+    train_missing_teacher(cfg, trainer)
     if cfg.SEED >= 0:
         seed_all_rng(cfg.SEED + comm.get_rank())
-    trainer = DistillationTrainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return getattr(trainer, "_last_eval_results", {})
+    training = trainer(cfg)
+    training.resume_or_load(resume=resume)
+    return training.train()
 
 
-def _train_missing_teacher(cfg: CfgNode) -> None:
+def train_missing_teacher(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer) -> None:
     """Train the teacher where KD.TEACHER.WEIGHTS "auto" finds no checkpoint."""
-    if cfg.KD.TEACHER.WEIGHTS != "auto":
+    wanted = is_distillation(cfg) and (cfg.KD.DISTILLERS or cfg.KD.INHERIT)
+    if not wanted or cfg.KD.TEACHER.WEIGHTS != "auto":
         return
     own_cfg = teacher_config(cfg)
     weights = teacher_weights(cfg, own_cfg)
     if os.path.isfile(weights):
         return
     _logger.warning("The teacher has no checkpoint %s yet: training it first.", weights)
-    register_from_config(own_cfg.KD.DATASETS)
-    _check_writable(own_cfg.OUTPUT_DIR)
-    own_cfg.freeze()
-    train(own_cfg, resume=True)
+    _prepare(own_cfg)
+    train(own_cfg, trainer, resume=True)
     comm.synchronize()  # the main process has written the file
     _logger.warning("The teacher is trained (%s); now the student.", weights)
 
 
-def evaluate(cfg: CfgNode, *, last: bool) -> Any:
+def evaluate(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, last: bool) -> Any:
     """
     Evaluate the student alone; no teacher is built.
 
     Args:
         cfg: full config; MODEL.WEIGHTS is any checkpoint of kd_det or Detectron2.
+        trainer: builds the model, the test loader and the evaluator.
         last: take the last checkpoint in OUTPUT_DIR instead, if there is one.
 
     Raises:
@@ -129,7 +124,7 @@ def evaluate(cfg: CfgNode, *, last: bool) -> Any:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.KD.DISTILLERS, cfg.KD.INHERIT = [], []
-    model = DistillationTrainer.build_model(cfg)
+    model = trainer.build_model(cfg)
     checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR)
     weights = cfg.MODEL.WEIGHTS
     if checkpointer.has_checkpoint() and last:
@@ -139,7 +134,7 @@ def evaluate(cfg: CfgNode, *, last: bool) -> Any:
             f"Nothing to evaluate: MODEL.WEIGHTS is empty and {cfg.OUTPUT_DIR} holds no checkpoint."
         )
     checkpointer.load_student(weights, strict=True)
-    metrics = DistillationTrainer.test(cfg, model)
+    metrics = trainer.test(cfg, model)
     trained = (read_json(Path(cfg.OUTPUT_DIR, "result.json")) or {}).get("iterations")
     if comm.is_main_process() and not trained:  # a training run's own result stays
         write_result(
@@ -148,8 +143,10 @@ def evaluate(cfg: CfgNode, *, last: bool) -> Any:
     return metrics
 
 
-def _check_writable(folder: str) -> None:
-    """Fail before any work if a run could not save its results."""
+def _prepare(cfg: CfgNode) -> None:
+    """Register a config's data sets and freeze it; fail now if its results could not be saved."""
+    register_from_config(cfg.KD.DATASETS)
+    folder = cfg.OUTPUT_DIR
     try:
         PathManager.mkdirs(folder)
         with tempfile.TemporaryFile(dir=folder):
@@ -159,3 +156,4 @@ def _check_writable(folder: str) -> None:
             f"OUTPUT_DIR {folder} cannot be written ({error.strerror}); set OUTPUT_DIR to a folder "
             "that can."
         ) from error
+    cfg.freeze()

@@ -11,14 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    build_detection_test_loader,
-    build_detection_train_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import build_optimizer, get_default_optimizer_params
@@ -27,18 +23,22 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from kd_det.checkpoint import KDCheckpointer
+from kd_det.checkpoint import KDCheckpointer, student_of
 from kd_det.config import student_cfg
 from kd_det.data import CheckedDatasetMapper
 from kd_det.data.dataset_checks import check_proposals
+from kd_det.data.loading import check_classes, load_training_set
 from kd_det.distillation import DistillationDetector
-from kd_det.distillation.teacher import class_count
+from kd_det.distillation.classes import class_count
 from kd_det.engine.launch import distribute
 from kd_det.engine.loop import TrainingLoop
-from kd_det.engine.progress import ProgressFile, RunResult
+from kd_det.engine.run_files import ProgressFile, RunResult
 from kd_det.evaluation.build import build_evaluator
 
 _logger = logging.getLogger(__name__)
+# What a step ends with. Evaluating draws random numbers: the state that a checkpoint saves must be
+# the one from which the next step starts. The result needs the last evaluation and all files.
+_LAST_HOOKS = (ProgressFile, EvalHook, PeriodicCheckpointer, PeriodicWriter, RunResult)
 
 
 class ResumableSampler(TrainingSampler):
@@ -70,7 +70,7 @@ class DistillationTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self._sampler: ResumableSampler | None = None
-        loader = self._build_train_loader(cfg)
+        loader = self._build_train_loader(cfg, class_count(student_of(model)))
         self._trainer = TrainingLoop(
             distribute(model),
             loader,
@@ -108,9 +108,11 @@ class DistillationTrainer(DefaultTrainer):
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
         return adamw(parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
-    def _build_train_loader(self, cfg: CfgNode) -> Any:
-        dataset = _load_dataset(cfg)
-        _check_classes(cfg, dataset)
+    def _build_train_loader(self, cfg: CfgNode, classes: int | None) -> Any:
+        dataset = load_training_set(cfg)
+        if classes is not None:
+            model = student_cfg(cfg).MODEL.META_ARCHITECTURE
+            check_classes(dataset, cfg.DATASETS.TRAIN, model=model, num_classes=classes)
         if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
             self._sampler = ResumableSampler(len(dataset))
         return build_detection_train_loader(
@@ -130,19 +132,12 @@ class DistillationTrainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
     def build_hooks(self) -> list[HookBase]:
-        """Add the progress and result files to Detectron2's hooks."""
+        """Add the progress and result files to Detectron2's hooks, each at its place in a step."""
         hooks: list[HookBase] = super().build_hooks()
         if comm.is_main_process():
-            evaluation = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-            checkpoint = next(
-                i for i, hook in enumerate(hooks) if isinstance(hook, PeriodicCheckpointer)
-            )
-            # Evaluating draws random numbers: the state that a checkpoint saves must be the one
-            # from which the next step starts.
-            hooks.insert(evaluation, hooks.pop(checkpoint))
-            hooks.insert(evaluation - 1, ProgressFile(self.cfg.OUTPUT_DIR))
+            hooks.append(ProgressFile(self.cfg.OUTPUT_DIR))
             hooks.append(RunResult(self.cfg.OUTPUT_DIR, self.cfg.SEED))
-        return hooks
+        return sorted(hooks, key=_place)  # hooks of one place keep their order
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
@@ -163,6 +158,11 @@ class DistillationTrainer(DefaultTrainer):
         model = self._plain_model()
         if isinstance(model, DistillationDetector):
             model.inherit_from_teacher()
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end; return metrics by task of the final evaluation, in the main process."""
+        super().train()
+        return getattr(self, "_last_eval_results", {})
 
     def _plain_model(self) -> nn.Module:
         model: nn.Module = self._trainer.model
@@ -198,38 +198,9 @@ class DistillationTrainer(DefaultTrainer):
             seed_all_rng(self.cfg.SEED + comm.get_rank() + self.iter * comm.get_world_size())
 
 
-def _load_dataset(cfg: CfgNode) -> list[dict[str, Any]]:
-    if not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty; name the data sets to train on.")
-    check_proposals(cfg)
-    try:
-        dataset: list[dict[str, Any]] = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-            if cfg.MODEL.KEYPOINT_ON
-            else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
-    except AssertionError as error:
-        raise ValueError(
-            f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} holds no image with an annotation to train "
-            f"on ({error}). Images without any are left out by DATALOADER.FILTER_EMPTY_ANNOTATIONS."
-        ) from error
-    return dataset
-
-
-def _check_classes(cfg: CfgNode, dataset: list[dict[str, Any]]) -> None:
-    """Refuse data with more classes than the model: their labels would mean background."""
-    plain = student_cfg(cfg)
-    count = class_count(plain)
-    labels = {item["category_id"] for record in dataset for item in record.get("annotations", [])}
-    if count is not None and labels and max(labels) >= count:
-        raise ValueError(
-            f"DATASETS.TRAIN {list(cfg.DATASETS.TRAIN)} has objects of class index {max(labels)}, "
-            f"but the {plain.MODEL.META_ARCHITECTURE} of this config predicts {count} classes; set "
-            f"its NUM_CLASSES to {max(labels) + 1} or more."
-        )
+def _place(hook: HookBase) -> int:
+    """Return where a hook stands among those of a step."""
+    return next((i for i, kind in enumerate(_LAST_HOOKS, 1) if isinstance(hook, kind)), 0)
 
 
 def clip_norm(cfg: CfgNode) -> float | None:

@@ -1,9 +1,8 @@
 """
-Paired bootstrap of COCO AP: is one model better than another, or better on these images by chance?
+How far COCO AP depends on the test images: AP on images drawn with replacement (Efron, 1979).
 
-Images are drawn with replacement (Efron, 1979), the same ones for both models, and so are the seeds
-the models were trained with. Matching detections to objects does not depend on which images are
-drawn, so it is done once; an image drawn n times then counts n times in the precision-recall curve:
+Matching detections to objects does not depend on which images are drawn, so it is done once; an
+image drawn n times then counts n times in the precision-recall curve:
 
     precision(i) = sum of weights of true positives up to i / sum of weights of detections up to i
     recall(i)    = sum of weights of true positives up to i / sum of weights of objects
@@ -18,6 +17,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -166,66 +166,58 @@ def _mean_precisions(matches: _ClassMatches, weights: Floats, recalls: Floats) -
     return out
 
 
-def paired_bootstrap(
-    baseline: Sequence[CocoMatches],
-    other: Sequence[CocoMatches],
+@dataclass(frozen=True)
+class SampledAP:
+    """AP of one arm in AP points (0 to 100), on the test images and on draws of them.
+
+    Args:
+        image_ids: of the test set, in order.
+        per_seed: (n,) AP of every training seed on the images as they are.
+        resampled: (resamples, n) AP on the images of every draw; NaN without an object.
+        draws: how many draws, and the random seed they come from.
+    """
+
+    image_ids: tuple[int, ...]
+    per_seed: Floats
+    resampled: Floats
+    draws: tuple[int, int]
+
+
+def sample_ap(
+    runs: Sequence[CocoMatches],
     *,
     metric: Literal["ap", "ap50"] = "ap",
     resamples: int = 1000,
     seed: int = 0,
-    confidence: float = 0.95,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
+) -> SampledAP:
     """
-    Estimate the difference of AP between two models, and how sure it is.
+    Compute an arm's AP on the test images, and on as many drawn from them with replacement.
 
     Args:
-        baseline: one entry per training seed.
-        other: the model compared, with the same seeds in the same order, on the same images.
+        runs: one entry per training seed, on the same images.
         metric: "ap" or "ap50".
-        resamples: how many times images and seeds are drawn.
-        seed: of the drawing; equal arguments give equal results.
-        confidence: of the interval, between 0 and 1.
-        progress: called after every resample with the number done and the number in all.
-
-    Returns:
-        "mean", the difference other minus baseline on the images as they are, averaged over seeds;
-        "low" and "high", the bounds of the percentile interval. In AP points, 0 to 100.
+        resamples: how many times the images are drawn; the same ones for all seeds.
+        seed: of the drawing. Equal seeds draw equal images for every arm on this test set.
+        progress: called after every draw with the number done and the number in all.
 
     Raises:
-        ValueError: no seeds, or different numbers of them, or different images.
+        ValueError: no runs, or runs on different images.
     """
-    _check_pairs(baseline, other, confidence)
-    num_images, num_seeds = len(baseline[0].image_ids), len(baseline)
+    if not runs:
+        raise ValueError("found no runs; expected one for each training seed, at least one")
+    if len({matches.image_ids for matches in runs}) > 1:
+        raise ValueError("the seeds were evaluated on different images; evaluate them on the same")
+    num_images = len(runs[0].image_ids)
     rng = np.random.default_rng(seed)
 
-    def differences(weights: Floats | None, seeds: Sequence[int]) -> Floats:
-        pairs = [(other[s].ap(weights), baseline[s].ap(weights)) for s in seeds]
-        return 100 * np.array([getattr(a, metric) - getattr(b, metric) for a, b in pairs])
+    def points(weights: Floats | None) -> list[float]:
+        return [100 * getattr(matches.ap(weights), metric) for matches in runs]
 
-    drawn = np.empty(resamples)
+    resampled = np.empty((resamples, len(runs)))
     for i in range(resamples):
         images = rng.integers(num_images, size=num_images)
-        weights = np.bincount(images, minlength=num_images).astype(np.float64)
-        seeds, counts = np.unique(rng.integers(num_seeds, size=num_seeds), return_counts=True)
-        drawn[i] = np.average(differences(weights, seeds.tolist()), weights=counts)
+        resampled[i] = points(np.bincount(images, minlength=num_images).astype(np.float64))
         if progress is not None:
             progress(i + 1, resamples)
-    tail = (1 - confidence) / 2
-    low, high = np.nanquantile(drawn, [tail, 1 - tail])
-    mean = differences(None, range(num_seeds)).mean()
-    return {"mean": float(mean), "low": float(low), "high": float(high)}
-
-
-def _check_pairs(
-    baseline: Sequence[CocoMatches], other: Sequence[CocoMatches], confidence: float
-) -> None:
-    if len(baseline) != len(other) or not baseline:
-        raise ValueError(
-            f"found {len(baseline)} seeds of the baseline and {len(other)} of the other model; "
-            "expected the same seeds of both, and at least one"
-        )
-    if len({matches.image_ids for matches in (*baseline, *other)}) > 1:
-        raise ValueError("the models were evaluated on different images; evaluate them on the same")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; expected a number between 0 and 1")
+    return SampledAP(runs[0].image_ids, np.array(points(None)), resampled, (resamples, seed))

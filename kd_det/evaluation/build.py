@@ -12,12 +12,14 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     Build the evaluator named by the data set's metadata `evaluator_type`.
 
     Args:
-        cfg: reads TEST.COCO_BACKEND, TEST.KEYPOINT_OKS_SIGMAS, MODEL.MASK_ON, MODEL.KEYPOINT_ON.
+        cfg: reads TEST.COCO_BACKEND, TEST.CROWDHUMAN_RULES, TEST.KEYPOINT_OKS_SIGMAS,
+            MODEL.MASK_ON, MODEL.KEYPOINT_ON.
         dataset_name: registered name.
         output_folder: where the evaluator saves predictions.
 
     Raises:
-        ValueError: the data set has no evaluator_type, or one that is not in SUPPORTED.
+        ValueError: the data set has no evaluator_type, or one that is not in SUPPORTED; or the
+            evaluator does not know the value of a key.
     """
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type == "coco":
@@ -34,7 +36,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str) -> Data
     if evaluator_type == "crowdhuman":
         from kd_det.evaluation.crowdhuman import CrowdHumanEvaluator
 
-        return CrowdHumanEvaluator(dataset_name, output_dir=output_folder)
+        return CrowdHumanEvaluator(
+            dataset_name, output_dir=output_folder, rules=cfg.TEST.CROWDHUMAN_RULES
+        )
     raise ValueError(
         f"data set {dataset_name!r} has evaluator_type {evaluator_type!r}; kd_det evaluates "
         f"{list(SUPPORTED)}. Data in COCO format gets one by being listed under KD.DATASETS"

@@ -15,29 +15,46 @@ from detectron2.utils import comm
 from detectron2.utils.logger import create_small_table
 
 from kd_det.evaluation.crowdhuman_metrics import Array, CrowdScene, crowd_metrics
+from kd_det.evaluation.crowdhuman_official import clip_to_frame, official_metrics
 
 logger = logging.getLogger(__name__)
 
 PREDICTIONS_FILE = "crowdhuman_predictions.json"
+RULES = ("official", "smooth")
 
 
 class CrowdHumanEvaluator(DatasetEvaluator):
     """Measures detections of one class, people, against boxes and ignore regions.
 
-    `kd_det.evaluation.crowdhuman_metrics` defines the metrics. As in CrowdHuman's toolkit,
-    annotated boxes and detections are clipped to the image first: bodies are annotated beyond its
-    border, Detectron2's detections end there. All images of the data set count, in any order.
+    As in CrowdHuman's toolkit, annotated boxes and detections are clipped to the image first:
+    bodies are annotated beyond its border, Detectron2's detections end there. All images of the
+    data set count.
 
     Args:
         dataset_name: a registered data set; annotations with iscrowd=1 are ignore regions.
         output_dir: where `crowdhuman_predictions.json` goes, a list of {image_id, category_id, bbox
             in pixels x y w h, score} as in COCO's result format; None writes nothing.
         distributed: collect the detections of all processes; otherwise this one stands for itself.
+        rules: "official", those of CrowdHuman's toolkit and of published numbers
+            (`kd_det.evaluation.crowdhuman_official`), or "smooth"
+            (`kd_det.evaluation.crowdhuman_metrics`), which depend neither on the order of images
+            nor on single detections.
+
+    Raises:
+        ValueError: if the rules are neither.
     """
 
     def __init__(
-        self, dataset_name: str, *, output_dir: str | None = None, distributed: bool = True
+        self,
+        dataset_name: str,
+        *,
+        output_dir: str | None = None,
+        distributed: bool = True,
+        rules: str = "official",
     ) -> None:
+        if rules not in RULES:
+            raise ValueError(f"TEST.CROWDHUMAN_RULES is {rules!r}; expected one of {list(RULES)}")
+        self._rules = rules
         self._dataset_name = dataset_name
         self._output_dir = output_dir
         self._distributed = distributed
@@ -103,9 +120,13 @@ class CrowdHumanEvaluator(DatasetEvaluator):
             )
         if self._output_dir is not None:
             self._save(Path(self._output_dir))
-        metrics = crowd_metrics([self._scene(image_id) for image_id in self._dataset])
+        measure = official_metrics if self._rules == "official" else crowd_metrics
+        metrics = measure([self._scene(image_id) for image_id in self._dataset])
         logger.info(
-            "CrowdHuman metrics of %s:\n%s", self._dataset_name, create_small_table(metrics)
+            "CrowdHuman metrics of %s by the %s rules:\n%s",
+            self._dataset_name,
+            self._rules,
+            create_small_table(metrics),
         )
         return {"bbox": metrics}
 
@@ -123,8 +144,14 @@ class CrowdHumanEvaluator(DatasetEvaluator):
         )
         nothing = np.zeros((0, 4)), np.zeros(0)
         detections, scores = self._predictions.get(image_id, nothing)
-        frame = np.array([image["width"], image["height"]] * 2, dtype=np.float64)
-        annotated, detections = annotated.clip(0, frame), detections.clip(0, frame)
+        width, height = image["width"], image["height"]
+        if self._rules == "official":
+            annotated, detections = (
+                clip_to_frame(boxes, width, height) for boxes in (annotated, detections)
+            )
+        else:
+            frame = np.array([width, height] * 2, dtype=np.float64)
+            annotated, detections = annotated.clip(0, frame), detections.clip(0, frame)
         return CrowdScene(annotated[~ignored], annotated[ignored], detections, scores)
 
     def _save(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""AP, log-average miss rate and Jaccard index of people in crowds, on numpy and scipy alone.
+"""Smooth AP, log-average miss rate and Jaccard index of people in crowds, on numpy and scipy.
 
 The metrics of CrowdHuman (Shao et al., 2018, arXiv:1805.00123), defined here as follows. A person
 and a detection overlap if their IoU is at least 0.5. An ignore region excuses a box if it covers at
@@ -21,10 +21,8 @@ nothing; a region may excuse many. Otherwise it is a false positive.
             images where anything counts, then maximum over t = 0, 0.1, ..., 0.9.
 
 A point of a curve is a score threshold: equal scores enter together, so the order of the images
-cannot matter. CrowdHuman's own toolkit differs in details that fade with the size of the data: it
-asks for more than 0.5 where this file asks for at least 0.5, joins the points of the AP curve by
-straight lines from the first detection on (a perfect detector gets 1 - 1 / people), and breaks ties
-by the order of the images.
+cannot matter. CrowdHuman's own toolkit has other rules: `kd_det.evaluation.crowdhuman_official`,
+which is what its published numbers follow and what the evaluator uses unless told otherwise.
 """
 
 from __future__ import annotations
@@ -80,8 +78,14 @@ class CrowdScene:
                 raise ValueError(f"{name} hold NaN or infinite values; expected finite numbers")
 
 
-def _overlaps(a: Array, b: Array) -> tuple[Array, Array]:
-    """IoU, and intersection over the area of the box in a; each (len(a), len(b))."""
+def overlaps(a: Array, b: Array, *, guard: float = 0.0) -> tuple[Array, Array]:
+    """IoU, and intersection over the area of the box in a; each (len(a), len(b)).
+
+    Args:
+        a: boxes, (A, 4).
+        b: boxes, (B, 4).
+        guard: square pixels added to the denominators.
+    """
     low = np.maximum(a[:, None, :2], b[None, :, :2])
     high = np.minimum(a[:, None, 2:], b[None, :, 2:])
     intersection = np.clip(high - low, 0, None).prod(axis=2)
@@ -90,13 +94,41 @@ def _overlaps(a: Array, b: Array) -> tuple[Array, Array]:
     union = area_a + area_b - intersection
     # A box without area intersects nothing: 0 divided by the smallest positive number is 0.
     tiny = np.finfo(np.float64).tiny
-    return intersection / np.maximum(union, tiny), intersection / np.maximum(area_a, tiny)
+    return (
+        intersection / np.maximum(union + guard, tiny),
+        intersection / np.maximum(area_a + guard, tiny),
+    )
 
 
 def _excused(boxes: Array, ignored: Array) -> NDArray[np.bool_]:
     """Whether an ignore region covers at least half of each box, (len(boxes),)."""
-    covered: NDArray[np.bool_] = _overlaps(boxes, ignored)[1] >= OVERLAP
+    covered: NDArray[np.bool_] = overlaps(boxes, ignored)[1] >= OVERLAP
     return np.any(covered, axis=1)
+
+
+def greedy_labels(
+    iou: Array, overlapping: NDArray[np.bool_], scores: Array, excused: NDArray[np.bool_]
+) -> NDArray[np.int8]:
+    """Matches detections to people, one after the other in descending score order.
+
+    Args:
+        iou: (D, M).
+        overlapping: whether a detection may take a person, (D, M).
+        scores: (D,); equal ones keep their order.
+        excused: whether a detection that takes nobody counts as nothing, (D,).
+
+    Returns:
+        (D,) in input order: 1 true positive, 0 false positive, -1 excused.
+    """
+    labels = np.where(excused, -1, 0).astype(np.int8)
+    free = np.where(overlapping, iou, -1.0)
+    candidates = np.flatnonzero(overlapping.any(axis=1))
+    for i in candidates[np.argsort(-scores[candidates], kind="stable")]:
+        best = free[i].argmax()
+        if free[i, best] >= 0:
+            labels[i] = 1
+            free[:, best] = -1.0  # taken
+    return labels
 
 
 def match_caltech(scene: CrowdScene) -> NDArray[np.int8]:
@@ -105,15 +137,9 @@ def match_caltech(scene: CrowdScene) -> NDArray[np.int8]:
     Returns:
         (D,) in input order: 1 true positive, 0 false positive, -1 excused by an ignore region.
     """
-    labels = np.where(_excused(scene.detections, scene.ignored), -1, 0).astype(np.int8)
-    iou = _overlaps(scene.detections, scene.people)[0]
-    candidates = np.flatnonzero((iou >= OVERLAP).any(axis=1))
-    for i in candidates[np.argsort(-scene.scores[candidates], kind="stable")]:
-        best = iou[i].argmax()
-        if iou[i, best] >= OVERLAP:
-            labels[i] = 1
-            iou[:, best] = -1.0  # taken
-    return labels
+    iou = overlaps(scene.detections, scene.people)[0]
+    excused = _excused(scene.detections, scene.ignored)
+    return greedy_labels(iou, iou >= OVERLAP, scene.scores, excused)
 
 
 def _operating_points(scores: Array, labels: NDArray[np.int8]) -> tuple[Array, Array]:
@@ -199,7 +225,7 @@ def jaccard_index(scenes: Sequence[CrowdScene]) -> tuple[float, float]:
     """
     per_image = np.empty((len(scenes), len(JI_SCORE_THRESHOLDS)))
     for row, scene in zip(per_image, scenes, strict=True):
-        overlapping = _overlaps(scene.detections, scene.people)[0] >= OVERLAP
+        overlapping = overlaps(scene.detections, scene.people)[0] >= OVERLAP
         excused = _excused(scene.detections, scene.ignored)
         excused_people = _excused(scene.people, scene.ignored)
         for t, threshold in enumerate(JI_SCORE_THRESHOLDS):

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,7 +32,7 @@ def draw_report(
     report: Mapping[str, Any],
     truth: GroundTruth,
     detections: Mapping[str, Sequence[Mapping[str, Any]]],
-    path: Path,
+    file: BinaryIO,
 ) -> None:
     """
     Draw a report.
@@ -41,7 +41,7 @@ def draw_report(
         report: content of report.json.
         truth: the test set.
         detections: arm name -> COCO results of its first seed.
-        path: PNG file to write.
+        file: where to write the PNG.
     """
     arms = report["arms"]
     chart_inches = 0.9 + 0.42 * len(arms)
@@ -52,7 +52,7 @@ def draw_report(
     chart, strip = halves[:, 0]
     _draw_chart(chart.add_axes((0.235, 0.55 / chart_inches, 0.55, 1 - 0.85 / chart_inches)), report)
     _draw_images(strip, report, truth, detections)
-    figure.savefig(path)
+    figure.savefig(file, format="png")
 
 
 def _draw_chart(axes: Axes, report: Mapping[str, Any]) -> None:
@@ -63,24 +63,7 @@ def _draw_chart(axes: Axes, report: Mapping[str, Any]) -> None:
     ends = [base + arm["delta"]["high"] for arm in arms if arm["delta"]]
     right = 1.08 * max([teacher, *ends, *(v for arm in arms for v in arm["AP"])])
     for y, arm in enumerate(arms):
-        mean, delta = arm["mean"]["AP"], arm["delta"]
-        axes.barh(y, mean, height=0.58, color=colours[arm["name"]], alpha=0.9, zorder=2)
-        if delta:
-            low, high = base + delta["low"], base + delta["high"]
-            axes.errorbar(
-                mean, y - 0.08, xerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]],
-                color=_INK, capsize=3, linewidth=1.2, zorder=3,
-            )  # fmt: skip
-        axes.scatter(
-            arm["AP"], [y + 0.15] * len(arm["AP"]), s=16, color="white", edgecolors=_INK,
-            linewidths=0.9, zorder=4,
-        )  # fmt: skip
-        gain = interval(delta) if delta else "baseline"
-        for x, text in ((_AP_COLUMN, f"{mean:.1f}"), (_GAIN_COLUMN, gain)):
-            axes.text(
-                x, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9,
-                color=_INK,
-            )  # fmt: skip
+        _draw_arm(axes, y, arm, base, colours[arm["name"]])
     axes.axvline(teacher, color=_TEACHER_COLOUR, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
     axes.text(
         teacher, 1.02, f"teacher {teacher:.1f}", transform=axes.get_xaxis_transform(),
@@ -93,7 +76,34 @@ def _draw_chart(axes: Axes, report: Mapping[str, Any]) -> None:
     axes.set_ylim(len(arms) - 0.45, -0.55)
     axes.set_xlim(0, max(right, 1.0))
     legend = f"box AP on {report['test_set']['images']} test images   ○ a seed"
-    axes.set_xlabel(f"{legend}   ├─┤ 95 % interval of the gain", fontsize=8.5, color=_SOFT)
+    over = "" if len(arms[0]["seeds"]) > 1 else ", over test images only"
+    axes.set_xlabel(f"{legend}   ├─┤ 95 % interval of the gain{over}", fontsize=8.5, color=_SOFT)
+    _strip(axes)
+
+
+def _draw_arm(axes: Axes, y: int, arm: Mapping[str, Any], base: float, colour: str) -> None:
+    """Draw the row `y` of an arm; `base` is the baseline's AP."""
+    mean, delta = arm["mean"]["AP"], arm["delta"]
+    axes.barh(y, mean, height=0.58, color=colour, alpha=0.9, zorder=2)
+    if delta:
+        low, high = base + delta["low"], base + delta["high"]
+        axes.errorbar(
+            mean, y - 0.08, xerr=[[max(0.0, mean - low)], [max(0.0, high - mean)]],
+            color=_INK, capsize=3, linewidth=1.2, zorder=3,
+        )  # fmt: skip
+    axes.scatter(
+        arm["AP"], [y + 0.15] * len(arm["AP"]), s=16, color="white", edgecolors=_INK,
+        linewidths=0.9, zorder=4,
+    )  # fmt: skip
+    gain = interval(delta) if delta else "baseline"
+    for x, text in ((_AP_COLUMN, f"{mean:.1f}"), (_GAIN_COLUMN, gain)):
+        axes.text(
+            x, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9, color=_INK
+        )
+
+
+def _strip(axes: Axes) -> None:
+    """Leave of the axes a light grid and their labels."""
     axes.tick_params(axis="x", colors=_SOFT, labelsize=8.5, length=0)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color=_GRID, zorder=0)

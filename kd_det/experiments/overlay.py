@@ -4,12 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,7 +29,9 @@ def draw_grid(
         out: PNG file.
     """
     rows, width = len(pictures), len(columns) + 1
-    figure, axes = plt.subplots(rows, width, figsize=(2.2 * width, 2.3 * rows), squeeze=False)
+    figure = Figure(figsize=(2.2 * width, 2.3 * rows))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, width, squeeze=False)
     for row, (picture, own_boxes) in enumerate(zip(pictures, boxes, strict=True)):
         _show(axes[row, 0], picture, own_boxes)
         for axis, (values, stride) in zip(axes[row, 1:], columns.values(), strict=True):
@@ -48,10 +48,9 @@ def draw_grid(
         axis.set_title(title, fontsize=9)
     figure.tight_layout(pad=0.4)
     figure.savefig(out, dpi=130)
-    plt.close(figure)
 
 
-def _show(axis: Any, picture: Any, boxes: Tensor) -> None:
+def _show(axis: Axes, picture: Any, boxes: Tensor) -> None:
     axis.imshow(picture)
     for x0, y0, x1, y1 in boxes.tolist():
         axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="#4fd1c5", lw=0.8))

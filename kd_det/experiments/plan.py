@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 import kd_det
 from kd_det.config import changed_settings, is_distillation, load_config
 from kd_det.experiments.recipe import Arm, Recipe, RecipeError
+from kd_det.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ class _Planner:
         self.out = out
         self.runs: dict[Path, Run] = {}
         self.test_sets: dict[str, tuple[str, ...]] = {}
+        self._configs: dict[tuple[Path, tuple[str, ...]], CfgNode] = {}
+        self._identities: dict[str, str] = {}
 
     def plan(self) -> Plan:
         recipe = self.recipe
@@ -109,8 +112,26 @@ class _Planner:
         # A stable sort: what a run needs was built before it, and no teacher needs a student.
         ordered = sorted(self.runs.values(), key=lambda run: not run.is_teacher)
         base = recipe.arm(recipe.baseline)
-        cfg = load_config(str(base.config), [*recipe.overrides, *base.overrides])
+        cfg = self._config(base.config, (*recipe.overrides, *base.overrides))
         return Plan(tuple(ordered), teacher, students, cfg)
+
+    def _config(self, file: Path, opts: tuple[str, ...]) -> CfgNode:
+        """Return a config; every file is read once with the same overrides."""
+        if (file, opts) not in self._configs:
+            self._configs[file, opts] = load_config(str(file), opts)
+        return self._configs[file, opts].clone()
+
+    def _identity(self, weights: str) -> str:
+        """Return the sha256 of a checkpoint, which is read once; of a URL, itself."""
+        if "://" in weights:
+            return weights
+        if not Path(weights).is_file():
+            raise RecipeError(
+                f"Teacher weights {weights} do not exist (KD.TEACHER.WEIGHTS of an arm)."
+            )
+        if weights not in self._identities:
+            self._identities[weights] = sha256_of(weights)
+        return self._identities[weights]
 
     def _student(self, arm: Arm, seed: int) -> Run:
         parent = self._student(self.recipe.arm(arm.init_from), seed) if arm.init_from else None
@@ -139,16 +160,16 @@ class _Planner:
         weights: str = "auto",
     ) -> Run:
         """Make the run of a student (`seed` given) or of a teacher, and those that it needs."""
-        cfg = load_config(str(config), opts)
+        cfg = self._config(config, opts)
         is_teacher = seed is None
         # A teacher whose config leaves the seed open gets one, so that its run can be repeated.
-        seed = max(cfg.SEED, 0) if seed is None else seed
-        settings = ["SEED", str(seed)]
+        cfg.SEED = max(cfg.SEED, 0) if seed is None else seed
+        settings = ["SEED", str(cfg.SEED)]
         needs = []
         identities = {"version": kd_det.__version__}
         if weights != "auto":
             settings += ["MODEL.WEIGHTS", weights]
-            identities["weights"] = _file_identity(weights)
+            identities["weights"] = self._identity(weights)
         elif is_distillation(cfg) and (cfg.KD.DISTILLERS or cfg.KD.INHERIT):
             teacher, path, identities["teacher"] = self._teacher_of(cfg, name)
             settings += ["KD.TEACHER.WEIGHTS", path]
@@ -157,15 +178,13 @@ class _Planner:
             settings += ["MODEL.WEIGHTS", str(parent.checkpoint)]
             identities["init"] = parent.folder.name
             needs.append(parent)
-        digest = _hash(load_config(str(config), (*opts, "SEED", str(seed))), identities)
-        folder = self.out / (
-            f"teachers/{name}-{digest}" if is_teacher else f"runs/{name}-seed{seed}-{digest}"
-        )
+        stem = f"teachers/{name}" if is_teacher else f"runs/{name}-seed{cfg.SEED}"
+        folder = self.out / f"{stem}-{_hash(cfg, identities)}"
         if folder not in self.runs:
             self.test_sets[f"{config.name} ({name})"] = tuple(cfg.DATASETS.TEST)
             self.runs[folder] = Run(
                 name=name,
-                seed=seed,
+                seed=cfg.SEED,
                 folder=folder,
                 config_file=config,
                 opts=(*opts, *settings, "OUTPUT_DIR", str(folder)),
@@ -187,7 +206,7 @@ class _Planner:
         run = self._teacher(Path(node.CONFIG_FILE).resolve(), opts, node.WEIGHTS)
         if node.WEIGHTS == "auto":
             return run, str(run.checkpoint), run.folder.name
-        return run, node.WEIGHTS, _file_identity(node.WEIGHTS)
+        return run, node.WEIGHTS, self._identity(node.WEIGHTS)
 
     def _check_test_sets(self) -> None:
         first = next(iter(self.test_sets.values()))
@@ -205,21 +224,9 @@ def _hash(cfg: CfgNode, identities: dict[str, str]) -> str:
 
     Only settings that differ from their defaults count, so that a new key makes no old run strange.
     """
+    cfg = cfg.clone()
     cfg.OUTPUT_DIR = ""
     cfg.KD.TEACHER.WEIGHTS = ""  # its content is among the identities
     cfg.KD.TEACHER.CONFIG_FILE = Path(cfg.KD.TEACHER.CONFIG_FILE).name
     text = json.dumps([changed_settings(cfg), identities], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _file_identity(path: str) -> str:
-    """Return the sha256 of a checkpoint; of a URL, itself."""
-    if "://" in path:
-        return path
-    if not Path(path).is_file():
-        raise RecipeError(f"Teacher weights {path} do not exist (KD.TEACHER.WEIGHTS of an arm).")
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from kd_det.evaluation.bootstrap import CocoMatches, paired_bootstrap
+from kd_det.evaluation.bootstrap import CocoMatches, sample_ap
+from kd_det.evaluation.difference import compare_arms
+from kd_det.evaluation.power import power_summary
+from kd_det.evaluation.verdict import judge
 from kd_det.experiments.environment import describe_environment, without_user_path
 from kd_det.experiments.ground_truth import GroundTruth
 from kd_det.experiments.plan import Plan, Run
-from kd_det.experiments.recipe import Recipe
+from kd_det.experiments.recipe import Arm, Recipe
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _HEADERS = ("", *METRICS, "ΔAP [95 % interval]", "gap closed", "s/step", "memory")
@@ -50,35 +53,32 @@ def build_report(
 
     Returns:
         The content of report.json. All AP are from 0 to 100. `delta` is the paired difference to
-        the baseline over the same test images and seeds; `gap_closed` is its mean over the
-        distance between the teacher and the baseline.
+        the baseline over the same test images and seeds, as `kd_det.evaluation.verdict.judge`
+        gives it; `gap_closed` is its mean over the distance between the teacher and the baseline;
+        `power` says how many seeds these comparisons need.
     """
     runs = {
         arm.name: [plan.students[arm.name, seed] for seed in recipe.seeds] for arm in recipe.arms
     }
-    matches = {
-        name: [CocoMatches.from_coco(truth.json_file, outcomes[r].detections) for r in of_arm]
+    sampled = {
+        name: sample_ap(
+            [CocoMatches.from_coco(truth.json_file, outcomes[r].detections) for r in of_arm]
+        )
         for name, of_arm in runs.items()
     }
-    arms = []
-    for arm in recipe.arms:
-        numbers = _numbers([outcomes[run] for run in runs[arm.name]])
-        is_baseline = arm.name == recipe.baseline
-        delta = (
-            None if is_baseline else paired_bootstrap(matches[recipe.baseline], matches[arm.name])
-        )
-        arms.append(
-            {
-                "name": arm.name,
-                "label": arm.label,
-                "config": arm.config.name,
-                "overrides": [without_user_path(word) for word in arm.overrides],
-                "init_from": arm.init_from,
-                "seeds": list(recipe.seeds),
-                **numbers,
-                "delta": delta,
-            }
-        )
+    others = [arm.name for arm in recipe.arms if arm.name != recipe.baseline]
+    pairs = [*((name, recipe.baseline) for name in others), *recipe.comparisons]
+    differences = [compare_arms(sampled[b], sampled[a]) for a, b in pairs]
+    judged = judge(differences)
+    deltas = dict(zip(others, judged, strict=False))
+    arms = [
+        {
+            **_setting(arm, recipe.seeds),
+            **_numbers([outcomes[run] for run in runs[arm.name]]),
+            "delta": deltas.get(arm.name),
+        }
+        for arm in recipe.arms
+    ]
     teachers = [{"name": r.name, "seed": r.seed, **_numbers([outcomes[r]])} for r in plan.teachers]
     _relate(arms, teachers[0], recipe.baseline)
     return {
@@ -88,12 +88,25 @@ def build_report(
         "baseline": recipe.baseline,
         "arms": arms,
         "comparisons": [
-            {"arm": a, "against": b, "delta": paired_bootstrap(matches[b], matches[a])}
-            for a, b in recipe.comparisons
+            {"arm": a, "against": b, "delta": delta}
+            for (a, b), delta in zip(recipe.comparisons, judged[len(others) :], strict=True)
         ],
+        "power": power_summary(differences),
         "teacher": teachers[0],
         "other_teachers": teachers[1:],
         "environment": describe_environment(),
+    }
+
+
+def _setting(arm: Arm, seeds: Sequence[int]) -> dict[str, Any]:
+    """Return what a report says of an arm beside its numbers."""
+    return {
+        "name": arm.name,
+        "label": arm.label,
+        "config": arm.config.name,
+        "overrides": [without_user_path(word) for word in arm.overrides],
+        "init_from": arm.init_from,
+        "seeds": list(seeds),
     }
 
 
@@ -167,18 +180,62 @@ def _with_spread(mean: float, std: float | None) -> str:
     return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
 
-def interval(delta: Mapping[str, float]) -> str:
+def interval(delta: Mapping[str, Any]) -> str:
     """Return a paired difference as text."""
-    return f"{delta['mean']:+.1f} [{delta['low']:+.1f}, {delta['high']:+.1f}]"
+    return f"{delta['mean']:+.2f} [{delta['low']:+.2f}, {delta['high']:+.2f}]"
 
 
 def comparison_lines(report: Mapping[str, Any]) -> list[str]:
-    """Return one line for each further comparison of the recipe."""
+    """Return one line for each difference with what it shows, and one about the seeds needed."""
     labels = {arm["name"]: arm["label"] for arm in report["arms"]}
-    return [
-        f"{labels[item['arm']]} minus {labels[item['against']]}: {interval(item['delta'])} AP"
-        for item in report["comparisons"]
+    to_baseline = [
+        {"arm": arm["name"], "against": report["baseline"], "delta": arm["delta"]}
+        for arm in report["arms"]
+        if arm["delta"]
     ]
+    items = [*to_baseline, *report["comparisons"]]
+    return [
+        *(
+            f"{labels[item['arm']]} minus {labels[item['against']]}: "
+            f"{interval(item['delta'])} AP, {_finding(item['delta'], len(items))}"
+            for item in items
+        ),
+        *_power_lines(report["power"]),
+    ]
+
+
+def _finding(delta: Mapping[str, Any], comparisons: int) -> str:
+    """Return the verdict, and whether it holds among all comparisons of the report."""
+    verdict: str = delta["verdict"]
+    if comparisons == 1 or verdict not in ("gain", "loss"):
+        return verdict
+    holds = "holds" if delta["holm"] < 0.05 else "does not hold"
+    return f"{verdict} ({holds} after Holm's correction for {comparisons} comparisons)"
+
+
+def _power_lines(power: Mapping[str, Any] | None) -> list[str]:
+    if power is None:
+        return []
+    spread = f"{power['seed_sd']:.2f} AP between seeds, {power['image_sd']:.2f} from test images"
+    needed = (
+        "no number of seeds on so few test images"
+        if power["seeds"] is None
+        else f"{power['seeds']} seeds"
+    )
+    return [
+        f"To see a difference of {power['effect']} AP (80 % power, two-sided 5 %) takes {needed}: "
+        f"differences spread by {spread}"
+    ]
+
+
+def _about_intervals(seeds: int) -> str:
+    """Return what the table's intervals mean."""
+    if seeds == 1:
+        return (
+            "95 % interval, over test images only: another seed might say the opposite, so it "
+            "allows no verdict"
+        )
+    return "95 % interval (t, over seeds and test images: docs/intervals.md)"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -187,6 +244,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     seeds = report["arms"][0]["seeds"]
     test_set = report["test_set"]
     count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))})"
+    findings = comparison_lines(report)
     lines = [
         f"# {report['name']}",
         "",
@@ -196,13 +254,13 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         f"Box AP on `{test_set['name']}` ({test_set['images']} images), mean over {count}"
         + (" ± sample standard deviation" if len(seeds) > 1 else "")
-        + f". ΔAP is the paired difference to `{report['baseline']}` with its 95 % interval "
-        "(bootstrap over test images and seeds); gap closed is its share of the distance between "
+        + f". ΔAP is the paired difference to `{report['baseline']}` with its "
+        f"{_about_intervals(len(seeds))}; gap closed is its share of the distance between "
         "the teacher and that arm. s/step is the median wall time of a training step (and its "
         "ratio to the baseline's), memory the peak of the training process.",
         "",
-        *(f"* {line}" for line in comparison_lines(report)),
-        *([""] if report["comparisons"] else []),
+        *(f"* {line}" for line in findings),
+        *([""] if findings else []),
         f"`{report['command']}`",
         "",
         ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None),

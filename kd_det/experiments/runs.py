@@ -41,7 +41,7 @@ def execute(
     runs: Sequence[Run],
     jobs: int,
     display: Display,
-    runner: Sequence[str] = RUNNER,
+    runner: Sequence[str] | None = None,
     poll_seconds: float = 0.2,
 ) -> None:
     """
@@ -51,13 +51,13 @@ def execute(
         runs: in an order in which each follows those it needs. Teachers run alone, with all cores.
         jobs: number of runs at a time.
         display: shows progress.
-        runner: command of a run, to which its arguments are appended.
+        runner: command of a run, to which its arguments are appended; None: the engine.
         poll_seconds: time between looks at the subprocesses.
 
     Raises:
         RunFailed: a run failed; the others are stopped, and continue when the command is repeated.
     """
-    queue = _Queue(runs, jobs, display, runner)
+    queue = _Queue(runs, jobs, display, runner or RUNNER)
     try:
         while not queue.done():
             queue.start_ready()

@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return x in float32, or unchanged if it is float64 already."""
-    return x if x.dtype == torch.float64 else x.float()
+from kd_det.functional.precision import at_least_float32
 
 
 def mean_distance(

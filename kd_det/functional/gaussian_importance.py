@@ -17,31 +17,106 @@ The authors' release adds random jitter to the points and fits in float32. Here 
 variance of that jitter as a ridge and the fit is float64: the masks are deterministic, and points
 in one line give the exact one-dimensional Gaussian. Positions of zero quality are never selected.
 
-Only pairs of a box and a position that it may select are ever built, in chunks of whole boxes.
+`importance_of_box` is the method as written above, for one box. `importance_maps` gives the same
+for a batch: it gathers the pairs of a box and a position that it may select, and no others, in
+chunks of whole boxes; scores all pairs; and selects and fits for all boxes at once.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from kd_det.functional.box_overlap import aligned_iou
-from kd_det.functional.level_grid import (
-    INSIDE_MARGIN,
-    Level,
-    Runs,
-    count_positions,
-    grid_positions,
-    runs_of_boxes,
-    runs_of_everything,
-    to_device,
+from kd_det.functional._importance.pairs import (
+    Pairs,
+    flat_predictions,
+    gather,
+    present_objects,
+    score,
 )
+from kd_det.functional._importance.selection import best_of_each
+from kd_det.functional.boxes import aligned_iou, strictly_inside
+from kd_det.functional.level_grid import Grid, count_positions, grid_positions
+from kd_det.functional.precision import working_dtype
 
 Gate = Literal["before", "after"]
 
 # Variance of the release's jitter, uniform in +-0.05 px, in px^2.
 RIDGE = 8.3e-4
+
+
+@dataclass(frozen=True)
+class ImportanceOptions:
+    """
+    What importance is, and how much of it is computed at a time.
+
+    Args:
+        exponents: xi of each map, in [0, 1]: classification 0.8 and regression 0.6 (paper).
+        top_k: K, at least 1: positions selected for a box (paper: 30); fewer where fewer have a
+            positive quality.
+        gate: "before" selects among the positions inside the box (paper); "after" among all, and
+            sets the weights of those outside to zero after the fit (release).
+        ridge: see `gaussian_weights`.
+        max_pairs: pairs of a box and a prediction that are built at a time, at about 200 bytes
+            each; a chunk exceeds it by at most the predictions of one image.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    exponents: tuple[float, ...] = (0.8, 0.6)
+    top_k: int = 30
+    gate: Gate = "before"
+    ridge: float = RIDGE
+    max_pairs: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        if self.gate not in get_args(Gate):
+            raise ValueError(f"gate is {self.gate!r}. Expected 'before' or 'after'.")
+        if not all(0 <= exponent <= 1 for exponent in self.exponents):
+            raise ValueError(f"exponents are {self.exponents}. Expected numbers from 0 to 1.")
+        for name, low in (("top_k", 1), ("ridge", 0), ("max_pairs", 1)):
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} is {getattr(self, name)}. Expected at least {low}.")
+
+
+DEFAULT_IMPORTANCE = ImportanceOptions()
+
+
+def importance_of_box(
+    probability: Tensor,
+    boxes: Tensor,
+    points: Tensor,
+    box: Tensor,
+    exponent: float,
+    options: ImportanceOptions,
+) -> Tensor:
+    """
+    Compute the importance of every position for one box, as the formulas say.
+
+    Args:
+        probability: the teacher's, of the box's class, (R, A).
+        boxes: the teacher's decoded boxes, (R, A, 4).
+        points: image points of the positions, (R, 2).
+        box: the ground truth, (4,).
+        exponent: xi.
+        options: their own exponents are not looked at.
+
+    Returns:
+        (R,) in [0, 1], float64.
+    """
+    inside = strictly_inside(points, box)
+    iou = aligned_iou(boxes, box)
+    quality = prediction_quality(probability, iou, exponent).amax(1).nan_to_num(0.0)
+    if options.gate == "before":
+        quality = quality * inside
+    best = quality.sort(descending=True, stable=True).indices[: options.top_k]
+    weights = gaussian_weights(points[best], quality[best] > 0, options.ridge)
+    if options.gate == "after":
+        weights = weights * inside[best]
+    return weights.new_zeros(len(points)).scatter(0, best, weights)
 
 
 def prediction_quality(probability: Tensor, iou: Tensor, exponent: float) -> Tensor:
@@ -91,13 +166,10 @@ def importance_maps(
     gt_boxes: Tensor,
     gt_classes: Tensor,
     gt_valid: Tensor,
-    levels: Sequence[Level],
-    exponents: Sequence[float] = (0.8, 0.6),
-    top_k: int = 30,
-    gate: Gate = "before",
-    ridge: float = RIDGE,
+    grids: Sequence[Grid],
+    options: ImportanceOptions = DEFAULT_IMPORTANCE,
+    *,
     position_valid: Tensor | None = None,
-    max_pairs: int = 1 << 20,
 ) -> list[Tensor]:
     """
     Compute the importance of every position of a batch, one map for each exponent.
@@ -111,123 +183,48 @@ def importance_maps(
             else, so from an accelerator they are fetched back.
         gt_classes: (N, M) int64 in 0..K-1; anything where not valid.
         gt_valid: (N, M) bool, False for padding.
-        levels: the grids of the R positions.
-        exponents: xi of each map; probability and IoU are computed once for all.
-        top_k: K, positions selected for a box; fewer where fewer have a positive quality.
-        gate: "before" selects among the positions inside the box (paper); "after" among all, and
-            sets the weights of those outside to zero after the fit (release).
-        ridge: see `gaussian_weights`.
+        grids: of the R positions.
+        options: what importance is.
         position_valid: (N, R) bool, False for positions on padding, which are never selected.
-        max_pairs: pairs of a box and a prediction that are built at a time, at about 200 bytes
-            each; a chunk exceeds it by at most R * A.
 
     Returns:
         One (N, R) map in [0, 1] for each exponent, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: if predictions and positions do not match, a class is out of range, or `gate` is
-            unknown.
+        ValueError: if predictions and positions do not match, or a class is out of range.
     """
-    num_images, num_positions = logits.shape[0], count_positions(levels)
-    _check(logits, boxes, num_positions, gate)
-    if not gt_boxes.shape[:2] == gt_classes.shape == gt_valid.shape or len(gt_valid) != num_images:
-        raise ValueError(
-            f"The ground truth has shapes {tuple(gt_boxes.shape)}, {tuple(gt_classes.shape)} and "
-            f"{tuple(gt_valid.shape)}. Expected (N, M, 4), (N, M) and (N, M) for N = {num_images}."
-        )
-    image, slot = gt_valid.cpu().nonzero(as_tuple=True)
-    objects, classes = gt_boxes.cpu()[image, slot], gt_classes.cpu()[image, slot]
-    if len(classes) and not 0 <= classes.min() <= classes.max() < logits.shape[2]:
-        raise ValueError(
-            f"Ground-truth classes run from {classes.min()} to {classes.max()}, but the teacher "
-            f"scores {logits.shape[2]}. Give teacher and student the same list of classes."
-        )
-    if gate == "before":
-        runs = runs_of_boxes(levels, objects)
-    else:
-        runs = runs_of_everything(levels, len(objects))
-    # Boxes that hold no position drop out; a position is now one of those of all images, 0..N*R-1.
-    held, owner = torch.unique_consecutive(runs.owner, return_inverse=True)
-    runs = Runs(owner, runs.first + image[runs.owner] * num_positions, runs.length)
-
-    device, dtype = logits.device, torch.promote_types(logits.dtype, torch.float32)
-    objects, classes = to_device(objects[held], device).to(dtype), to_device(classes[held], device)
-    points = grid_positions(levels, device)
-    num_anchors, num_classes = logits.shape[1] // num_positions, logits.shape[2]
-    anchors = torch.arange(num_anchors, device=device)
-    logits, boxes = logits.reshape(-1), boxes.reshape(-1, num_anchors * 4)
-    maps = logits.new_zeros(len(exponents), num_images * num_positions, dtype=dtype)
-    for chunk, counts in _chunks(runs, max(1, max_pairs // num_anchors)):
-        owner, position = chunk.to(device).pairs(int(counts.sum()))
-        counts = to_device(counts, device)
-        # index_select: a third of the time of indexing with brackets, and this is most of it all.
-        prediction = position[:, None] * num_anchors + anchors  # (P, A)
-        place = prediction * num_classes + classes.index_select(0, owner)[:, None]
-        probability = logits.take(place).to(dtype).sigmoid()
-        if position_valid is not None:
-            probability = probability * position_valid.take(position)[:, None]
-        predicted = boxes.index_select(0, position).view(-1, num_anchors, 4).to(dtype)
-        iou = aligned_iou(predicted, objects.index_select(0, owner)[:, None])
-        for importance, exponent in zip(maps, exponents, strict=True):
+    num_images, num_positions = logits.shape[0], count_positions(grids)
+    predictions = flat_predictions(logits, boxes, position_valid, num_positions)
+    objects = present_objects(
+        gt_boxes, gt_classes, gt_valid, num_images=num_images, num_classes=logits.shape[2]
+    )
+    points = grid_positions(grids, logits.device)
+    dtype = working_dtype(logits)
+    maps = logits.new_zeros(len(options.exponents), num_images * num_positions, dtype=dtype)
+    for pairs in gather(
+        objects,
+        grids,
+        everywhere=options.gate == "after",
+        max_pairs=max(1, options.max_pairs // predictions.num_anchors),
+        device=logits.device,
+        dtype=dtype,
+    ):
+        probability, iou = score(pairs, predictions)
+        for importance, exponent in zip(maps, options.exponents, strict=True):
             quality = prediction_quality(probability, iou, exponent).amax(1)
-            pair, selected = _best_of_each(quality, owner, counts, top_k)
-            place = position[pair]  # (B, K)
-            weight = gaussian_weights(points[place % num_positions], selected, ridge)
-            if gate == "after":
-                weight = weight * _inside(points[place % num_positions], objects[owner[pair]])
+            place, weight = _select_and_fit(pairs, quality, points, options)
             importance.scatter_reduce_(0, place.flatten(), weight.to(dtype).flatten(), "amax")
     return list(maps.unflatten(1, (num_images, num_positions)))
 
 
-def _check(logits: Tensor, boxes: Tensor, num_positions: int, gate: str) -> None:
-    if logits.shape[1] % num_positions or logits.shape[:2] != boxes.shape[:2]:
-        raise ValueError(
-            f"The teacher gives class scores of shape {tuple(logits.shape)} and boxes of shape "
-            f"{tuple(boxes.shape)}. Expected (N, R * A, K) and (N, R * A, 4) for the "
-            f"R = {num_positions} positions of the levels."
-        )
-    if gate not in ("before", "after"):
-        raise ValueError(f"gate is {gate!r}. Expected 'before' or 'after'.")
-
-
-def _chunks(runs: Runs, max_pairs: int) -> Iterator[tuple[Runs, Tensor]]:
-    """Yield the runs of consecutive boxes, and the pairs of each of these boxes, (B,)."""
-    num_boxes = int(runs.owner[-1]) + 1 if len(runs.owner) else 0
-    counts = torch.zeros(num_boxes, dtype=torch.int64).index_add(0, runs.owner, runs.length)
-    chunk = counts.cumsum(0) // max_pairs
-    num_boxes_in, num_runs_in = (
-        torch.unique_consecutive(ids, return_counts=True)[1].tolist()
-        for ids in (chunk, chunk[runs.owner])
-    )
-    parts = zip(*(tensor.split(num_runs_in) for tensor in runs), strict=True)
-    yield from zip((Runs(*part) for part in parts), counts.split(num_boxes_in), strict=True)
-
-
-def _best_of_each(
-    quality: Tensor, owner: Tensor, counts: Tensor, top_k: int
+def _select_and_fit(
+    pairs: Pairs, quality: Tensor, points: Tensor, options: ImportanceOptions
 ) -> tuple[Tensor, Tensor]:
-    """
-    Find each box's pairs of highest quality; of equal ones the first.
-
-    Args:
-        quality: (P,) in [0, 1], ranked in float32.
-        owner: box of each pair, ascending, (P,).
-        counts: pairs of each box, at least 1, (B,).
-        top_k: K.
-
-    Returns:
-        Pairs, (B, K), and which of them exist and have a positive quality, (B, K) bool.
-    """
-    # The bits of a non-negative float grow with its value, so that one sort of integers orders by
-    # box, then by quality. NaN of a broken teacher would go first; as 0 it goes last.
-    bits = quality.float().nan_to_num(0.0).view(torch.int32)
-    order = torch.argsort((owner + 1 << 32) - bits, stable=True)
-    slot = torch.arange(top_k, device=quality.device)
-    pair = order[((counts.cumsum(0) - counts)[:, None] + slot).clamp(max=len(order) - 1)]
-    return pair, (slot < counts[:, None]) & (quality[pair] > 0)
-
-
-def _inside(points: Tensor, boxes: Tensor) -> Tensor:
-    """Tell which points, (..., 2), lie strictly inside boxes, (..., 4)."""
-    distances = torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
-    return (distances > INSIDE_MARGIN).all(-1)
+    """Return the places in 0..N*R-1 that each box selects and their weights, (B, K) each."""
+    pair, selected = best_of_each(quality, pairs.owner, pairs.counts, options.top_k)
+    place = pairs.position[pair]
+    chosen = points[place % len(points)]
+    weight = gaussian_weights(chosen, selected, options.ridge)
+    if options.gate == "after":
+        weight = weight * strictly_inside(chosen, pairs.boxes[pairs.owner[pair]])
+    return place, weight

@@ -1,5 +1,5 @@
 """
-The positions of a feature pyramid as plain geometry: where they lie, and which of them a box holds.
+The positions of a feature pyramid as plain geometry: where they lie, on which image, in which box.
 
 Level l is an H_l x W_l grid whose cell (row, column) stands at the image point
 ((column + offset) * stride, (row + offset) * stride). The positions of all levels are counted
@@ -7,17 +7,20 @@ through, level by level and row by row: R = sum of H_l * W_l. Since a box holds 
 on every level, the positions inside it follow from its four sides, without testing all R.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# A position is inside a box when its distance to each side is larger than this many pixels.
-INSIDE_MARGIN = 1e-10
+from kd_det.functional.boxes import strictly_between
+
+# Strides within this relative distance are the same: sizes are rounded up to whole cells.
+_SAME_STRIDE = 0.02
 
 
-class Level(NamedTuple):
+class Grid(NamedTuple):
     """
     The grid of one pyramid level.
 
@@ -44,53 +47,75 @@ class Level(NamedTuple):
         return (steps + self.offset) * self.stride
 
 
-def count_positions(levels: Sequence[Level]) -> int:
+def same_stride(a: float, b: float) -> bool:
+    """Tell whether levels of these two strides, in the same pixels, lie on one grid."""
+    return abs(math.log2(a / b)) <= math.log2(1 + _SAME_STRIDE)
+
+
+def count_positions(grids: Sequence[Grid]) -> int:
     """Return R, the number of positions of all levels."""
-    return sum(level.height * level.width for level in levels)
+    return sum(grid.height * grid.width for grid in grids)
 
 
-def grid_positions(levels: Sequence[Level], device: torch.device | str = "cpu") -> Tensor:
+def grid_positions(grids: Sequence[Grid], device: torch.device | str = "cpu") -> Tensor:
     """Return the image points (x, y) of all positions in pixels, (R, 2) float64."""
     points = [
-        torch.cartesian_prod(level.rows(device), level.columns(device)).flip(1) for level in levels
+        torch.cartesian_prod(grid.rows(device), grid.columns(device)).flip(1) for grid in grids
     ]
     return torch.cat(points)
 
 
-def split_levels(values: Tensor, levels: Sequence[Level]) -> list[Tensor]:
+def split_levels(values: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
     """Cut values of all positions, (N, R), into one (N, H_l, W_l) view per level."""
-    parts = values.split([level.height * level.width for level in levels], dim=1)
-    shapes = zip(parts, levels, strict=True)
-    return [part.unflatten(1, (level.height, level.width)) for part, level in shapes]
+    parts = values.split([grid.height * grid.width for grid in grids], dim=1)
+    shapes = zip(parts, grids, strict=True)
+    return [part.unflatten(1, (grid.height, grid.width)) for part, grid in shapes]
+
+
+def cells_on_images(grid: Grid, image_sizes: Tensor) -> Tensor:
+    """
+    Mark the cells whose position lies on the image itself, not on the padding of its batch.
+
+    Args:
+        grid: of a level of the padded batch. With offset 0.5 a cell counts if its centre is on the
+            image, with offset 0 if any part of it is.
+        image_sizes: (N, 2) height and width of every image in pixels before padding.
+
+    Returns:
+        (N, H, W) bool on the device of the sizes.
+    """
+    rows = grid.rows(image_sizes.device) < image_sizes[:, :1]
+    columns = grid.columns(image_sizes.device) < image_sizes[:, 1:]
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def positions_in_images(
-    levels: Sequence[Level],
+    grids: Sequence[Grid],
     image_sizes: Sequence[tuple[int, int]],
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """
-    Mark the positions that lie on the image itself, not on the padding of its batch.
+    Do as `cells_on_images` does for all levels at once.
 
     Args:
-        levels: the grids of the padded batch.
+        grids: of all levels of the padded batch.
         image_sizes: (height, width) of every image in pixels before padding, N of them.
         device: where the result goes.
 
     Returns:
         (N, R) bool.
     """
-    sizes = torch.tensor(image_sizes, dtype=torch.float64).reshape(-1, 2).flip(1)
+    sizes = torch.tensor(image_sizes, dtype=torch.float64).reshape(-1, 2)
     sizes = to_device(sizes, device)
-    return (grid_positions(levels, device) < sizes[:, None]).all(2)
+    return torch.cat([cells_on_images(grid, sizes).flatten(1) for grid in grids], dim=1)
 
 
-def positions_in_boxes(levels: Sequence[Level], boxes: Tensor, valid: Tensor) -> Tensor:
+def positions_in_boxes(grids: Sequence[Grid], boxes: Tensor, valid: Tensor) -> Tensor:
     """
     Mark the positions that lie strictly inside at least one box of their image.
 
     Args:
-        levels: the grids.
+        grids: of all levels.
         boxes: (N, M, 4) corners x0, y0, x1, y1 in pixels, padded to the largest M of the batch.
         valid: (N, M) bool, False for padding.
 
@@ -99,97 +124,14 @@ def positions_in_boxes(levels: Sequence[Level], boxes: Tensor, valid: Tensor) ->
     """
     left, top, right, bottom = boxes.double()[..., None].unbind(2)  # (N, M, 1) each
     covered = []
-    for level in levels:
-        x, y = level.columns(boxes.device), level.rows(boxes.device)
-        in_x = (x - left > INSIDE_MARGIN) & (right - x > INSIDE_MARGIN)  # (N, M, W)
-        in_y = (y - top > INSIDE_MARGIN) & (bottom - y > INSIDE_MARGIN) & valid[..., None]
+    for grid in grids:
+        x, y = grid.columns(boxes.device), grid.rows(boxes.device)
+        in_x = strictly_between(x, left, right)  # (N, M, W)
+        in_y = strictly_between(y, top, bottom) & valid[..., None]
         # The number of boxes over each cell; autocast may round it, but never to zero.
         boxes_over_cell = in_y.float().transpose(1, 2) @ in_x.float()  # (N, H, W)
         covered.append((boxes_over_cell > 0).flatten(1))
     return torch.cat(covered, dim=1)
-
-
-class Runs(NamedTuple):
-    """
-    The positions of B boxes, as runs of consecutive positions: one per row of cells and level.
-
-    Args:
-        owner: box of each run, ascending, int64.
-        first: index in 0..R-1 of the run's first position, int64.
-        length: positions in the run, at least 1, int64.
-    """
-
-    owner: Tensor
-    first: Tensor
-    length: Tensor
-
-    def to(self, device: torch.device | str) -> "Runs":
-        """Copy the runs to a device without waiting for it."""
-        return Runs(*(to_device(tensor, device) for tensor in self))
-
-    def pairs(self, total: int) -> tuple[Tensor, Tensor]:
-        """
-        List every pair of a box and one of its positions.
-
-        Args:
-            total: the sum of `length`, known to the host so that no accelerator has to be asked.
-
-        Returns:
-            The box and the position of each pair, ordered by box: (total,) int64 each.
-        """
-        runs = torch.arange(len(self.length), device=self.length.device)
-        run = torch.repeat_interleave(runs, self.length, output_size=total)
-        start = self.length.cumsum(0) - self.length
-        pair = torch.arange(total, device=run.device)
-        return self.owner.index_select(0, run), (self.first - start).index_select(0, run) + pair
-
-
-def runs_of_boxes(levels: Sequence[Level], boxes: Tensor) -> Runs:
-    """
-    Find the positions strictly inside each box.
-
-    Args:
-        levels: the grids.
-        boxes: (B, 4) corners in pixels, on the CPU: the sizes of what follows depend on them, and
-            asking an accelerator for a size would stall it. NaN or inverted boxes hold nothing.
-
-    Returns:
-        The runs of all boxes, on the CPU.
-    """
-    left, top, right, bottom = boxes.double().unbind(1)
-    first_of_level, rectangles = 0, []
-    for level in levels:
-        x, width = _range_between(level.columns(), left, right)
-        y, height = _range_between(level.rows(), top, bottom)
-        first = first_of_level + y * level.width + x
-        height = torch.where(width > 0, height, 0)
-        rectangles.append((first, width, height, torch.full_like(x, level.width)))
-        first_of_level += level.height * level.width
-    # Boxes outermost, so that the runs of one box follow each other.
-    first, width, height, pitch = (
-        torch.stack(column, dim=1).flatten() for column in zip(*rectangles, strict=True)
-    )
-    rectangle = torch.repeat_interleave(height)
-    row = torch.arange(len(rectangle)) - (height.cumsum(0) - height)[rectangle]
-    return Runs(
-        owner=rectangle // len(levels),
-        first=first[rectangle] + row * pitch[rectangle],
-        length=width[rectangle],
-    )
-
-
-def runs_of_everything(levels: Sequence[Level], num_boxes: int) -> Runs:
-    """Give all positions of all levels to each of B boxes, as one run."""
-    owner = torch.arange(num_boxes)
-    return Runs(owner, torch.zeros_like(owner), torch.full_like(owner, count_positions(levels)))
-
-
-def _range_between(coordinates: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first coordinate between low and high and how many there are, (B,) each."""
-    above = coordinates - low[:, None] > INSIDE_MARGIN
-    below = high[:, None] - coordinates > INSIDE_MARGIN
-    count = (above & below).sum(1)
-    return (~above).sum(1), count
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

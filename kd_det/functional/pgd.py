@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kd_det.functional.attended_error import compare_features
+from kd_det.functional.attention import compare_features, spatial_attention
 
 MaskScope = Literal["image", "batch"]
 
@@ -54,27 +54,6 @@ class RegressionTerms(NamedTuple):
     def weighted(self, gamma: float, delta: float) -> Tensor:
         """Return gamma * foreground + delta * attention."""
         return gamma * self.foreground + delta * self.attention
-
-
-def spatial_attention(magnitude: Tensor, tau: float, valid: Tensor | None = None) -> Tensor:
-    """
-    Compare the positions of each image.
-
-    Args:
-        magnitude: mean over channels of the features' absolute values, (N, H, W).
-        tau: temperature, above 0; smaller values sharpen.
-        valid: (N, H, W) bool; other positions take no part and get 0.
-
-    Returns:
-        P * softmax_p(magnitude / tau), (N, H, W), for an image of P (valid) positions; sums to P.
-    """
-    logits = (magnitude / tau).flatten(1)
-    if valid is None:
-        return (logits.softmax(1) * logits.shape[1]).view_as(magnitude)
-    inside = valid.flatten(1)
-    # The smallest number instead of -inf: a level without any valid position gives 0, not NaN.
-    logits = logits.masked_fill(~inside, torch.finfo(logits.dtype).min)
-    return (logits.softmax(1) * inside * inside.sum(1, keepdim=True)).view_as(magnitude)
 
 
 def mean_mask(mask: Tensor) -> Tensor:

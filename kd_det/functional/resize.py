@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kd_det.functional.distance import at_least_float32
+from kd_det.functional.precision import at_least_float32
 
 INTERPOLATIONS = ("nearest", "bilinear", "area")
 

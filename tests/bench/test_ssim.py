@@ -6,7 +6,7 @@ import torch
 
 from kd_det.bench import ssim as bench_ssim
 from kd_det.bench.measure import peak_bytes
-from kd_det.functional.ssim import ssim_loss
+from kd_det.functional.ssim import SSIMOptions, ssim_loss
 
 pytest.importorskip("kornia", reason="the bench group is not installed")
 
@@ -50,9 +50,10 @@ def test_peak_bytes_of_the_loss_is_its_gradient_and_the_chunks():
     student.unsqueeze_(0), teacher.unsqueeze_(0)
     student = student[:, 0].requires_grad_()
     one_map = student.numel() * 4
+    options = SSIMOptions(chunk_elements=1600)
 
     def run() -> None:
-        torch.autograd.grad(ssim_loss(student, teacher[:, 0], chunk_elements=1600), student)
+        torch.autograd.grad(ssim_loss(student, teacher[:, 0], options), student)
 
     # The gradient kept and the gradient returned; scratch memory of one plane is small beside them.
     assert 2 * one_map < peak_bytes(run, "cpu") < 2.5 * one_map

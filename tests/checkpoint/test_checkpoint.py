@@ -1,9 +1,10 @@
 """Checkpoints: plain for stock Detectron2, complete for resuming, never half loaded."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import tiny_runs
@@ -98,7 +99,7 @@ def test_what_sits_beside_the_student(
     assert set(content) == {"model", "trainer", "kd", "iteration"}
     assert content["iteration"] == content["trainer"]["iteration"] == 1
     kd = content["kd"]
-    assert set(kd) == {"adapters", "distillers", "teacher", "loss_normalizer"}
+    assert set(kd) == {"adapters", "auto_weights", "distillers", "teacher", "loss_normalizer"}
     assert len(kd["adapters"]) == 5
     assert kd["teacher"]["weights"] == str(tiny_teacher("fcos").weights)
     assert kd["teacher"]["config_file"] == str(tiny_teacher("fcos").config_file)
@@ -116,14 +117,33 @@ def test_files_appear_whole(
     checkpointer.save("model_0000001")
     good = (tmp_path / "model_0000001.pth").read_bytes()
 
-    def crash(data: Any, path: str) -> None:
-        Path(path).write_bytes(b"half")
+    def crash(data: Any, file: BinaryIO) -> None:
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", crash)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"model_0000001.pth could not .*disk full.*: \d+ bytes"):
         checkpointer.save("model_0000001")
     assert (tmp_path / "model_0000001.pth").read_bytes() == good
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
+    assert list(tmp_path.glob("*.part")) == []
+
+
+def test_the_tag_appears_whole(
+    tiny_student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = KDCheckpointer(build_model(tiny_student("fcos")), str(tmp_path))
+    checkpointer.save("model_0000001")
+    replace = os.replace
+
+    def crash(source: Path, target: Path) -> None:
+        if target.name == "last_checkpoint":
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="last_checkpoint could not be written"):
+        checkpointer.save("model_0000002")
     assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000001.pth")
 
 

@@ -62,7 +62,7 @@ def test_the_last_good_checkpoint_stays_the_last(tmp_path: Path) -> None:
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
 
 
-@pytest.mark.parametrize("part", ["student", "adapters"])
+@pytest.mark.parametrize("part", ["student", "active"])
 def test_a_run_whose_last_update_diverges_fails(
     tiny_student: Callable[..., CfgNode],
     tiny_teacher: Callable[[str], tiny_runs.TinyTeacher],

@@ -10,8 +10,8 @@ from detectron2.modeling import build_model
 from PIL import Image
 from tiny_runs import TinyTeacher
 
-from kd_det.cli.show import main
 from kd_det.config import load_config, student_cfg
+from kd_det_cli import main
 
 
 @pytest.fixture
@@ -29,6 +29,10 @@ def config(
     return tiny_runs.write_config(tmp_path / "student.yaml", "fcos", keys)
 
 
+def show(*words: str) -> int:
+    return main(["show", *words])
+
+
 def save_student(config: Path, path: Path) -> str:
     model = build_model(student_cfg(load_config(str(config))))
     torch.save({"model": model.state_dict()}, path)
@@ -37,7 +41,7 @@ def save_student(config: Path, path: Path) -> str:
 
 def test_importance_of_every_level_is_drawn(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "pgd.png"
-    assert main(["pgd", "--config-file", str(config), "--images", "2", "--out", str(out)]) == 0
+    assert show("pgd", "--config-file", str(config), "--images", "2", "--out", str(out)) == 0
     assert len(Image.open(out).convert("L").getcolors()) > 50
 
 
@@ -45,18 +49,26 @@ def test_similarity_before_and_after_is_drawn(config: Path, tmp_path: Path) -> N
     student = save_student(config, tmp_path / "a.pth")
     out = tmp_path / "ssim.png"
     words = ["ssim", "--config-file", str(config), "--before", student, "--after", student]
-    assert main([*words, "--images", "1", "--out", str(out)]) == 0
+    assert show(*words, "--images", "1", "--out", str(out)) == 0
     assert len(Image.open(out).convert("L").getcolors()) > 50
 
 
 def test_a_config_without_the_distiller_is_refused(config: Path, tmp_path: Path) -> None:
     words = ["pgd", "--config-file", str(config), "--out", str(tmp_path / "x.png")]
     with pytest.raises(ValueError, match=r"KD.DISTILLERS is \['SSIM'\]; give the config .* PGD"):
-        main([*words, "KD.DISTILLERS", "['SSIM']"])
+        show(*words, "KD.DISTILLERS", "['SSIM']")
 
 
 def test_adapters_that_only_one_student_has_are_refused(config: Path, tmp_path: Path) -> None:
     student = save_student(config, tmp_path / "a.pth")
     words = ["ssim", "--config-file", str(config), "--before", student, "--after", student]
     with pytest.raises(ValueError, match="has adapters between student and teacher"):
-        main([*words, "--out", str(tmp_path / "x.png"), "KD.SSIM.ADAPTER", "always"])
+        show(*words, "--out", str(tmp_path / "x.png"), "KD.SSIM.ADAPTER", "always")
+
+
+def test_similarity_needs_two_checkpoints(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        show("ssim", "--config-file", str(config), "--before", "a.pth", "--out", "x.png")
+    assert "required: --after" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from PIL import Image
+from tiny_crowd import crowd_kept_in
 
 from kd_det.data import crowdhuman
 from kd_det.data.crowdhuman import load_crowdhuman, register_builtin_crowd, register_crowdhuman
@@ -132,7 +133,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_obstacle(tmp_path, monkeypatch
     def refuse(*args, **kwargs):
         raise PermissionError("read-only")  # as root, permissions on the folder would not refuse
 
-    monkeypatch.setattr(crowdhuman.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(crowdhuman, "write_text", refuse)
     assert load_crowdhuman(odgt, images)[0]["width"] == 40
     assert sorted(f.name for f in tmp_path.iterdir()) == ["Images", "a.odgt"]
 
@@ -258,24 +259,23 @@ def test_another_process_may_be_faster(tmp_path, monkeypatch):
         make_synthetic_crowd(root, **kwargs)
         raise FileExistsError
 
-    monkeypatch.setenv("KD_DET_CACHE", str(tmp_path))
     monkeypatch.setattr(crowdhuman, "make_synthetic_crowd", lose)
-    assert len(crowdhuman._load_tiny("val")) == 40
+    assert len(crowdhuman._load_tiny(tmp_path / "tiny", "val")) == 40
 
 
-def test_tiny_crowd_is_made_once_in_the_cache(tmp_path, monkeypatch):
-    register_builtin_crowd()
-    monkeypatch.setenv("KD_DET_CACHE", str(tmp_path / "cache"))
-    dataset = DatasetCatalog.get("crowd_tiny_val")
-    assert len(dataset) == 40
-    assert all(Path(image["file_name"]).is_relative_to(tmp_path / "cache") for image in dataset)
+def test_tiny_crowd_is_made_once_in_the_cache_of_its_registration(tmp_path, monkeypatch):
+    with crowd_kept_in(tmp_path / "cache"):
+        monkeypatch.setenv("KD_DET_CACHE", str(tmp_path / "later"))
+        dataset = DatasetCatalog.get("crowd_tiny_val")
+        assert len(dataset) == 40
+        assert all(Path(item["file_name"]).is_relative_to(tmp_path / "cache") for item in dataset)
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("made again")
+        def refuse(*args, **kwargs):
+            raise AssertionError("made again")
 
-    monkeypatch.setattr(crowdhuman, "make_synthetic_crowd", refuse)
-    assert DatasetCatalog.get("crowd_tiny_val") == dataset
-    assert MetadataCatalog.get("crowd_tiny_val").evaluator_type == "crowdhuman"
+        monkeypatch.setattr(crowdhuman, "make_synthetic_crowd", refuse)
+        assert DatasetCatalog.get("crowd_tiny_val") == dataset
+        assert MetadataCatalog.get("crowd_tiny_val").evaluator_type == "crowdhuman"
 
 
 NAN, INF = float("nan"), float("inf")

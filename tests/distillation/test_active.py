@@ -50,7 +50,7 @@ def wired(
     looking = Looking(specs)
     model = DistillationDetector(
         student=build_model(student_cfg(cfg)),
-        teacher=build_teacher(cfg, check_classes=False),
+        teacher=build_teacher(cfg),
         distillers={"Looking": looking},
         schedules={"Looking": lambda iteration: 1.0},
         **options,
@@ -81,26 +81,6 @@ def test_pairs_are_the_real_maps_on_one_grid(
     assert set(losses) >= {"loss_kd_looking_part"}
 
 
-def test_raw_captures_are_lists_of_calls(
-    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
-) -> None:
-    specs = [
-        CaptureSpec("towers", "head.cls_subnet", "head.cls_subnet@1"),
-        CaptureSpec("students", "head.cls_score", None),
-        CaptureSpec("teachers", None, "head.ctrness"),
-    ]
-    model, looking, cfg = wired(
-        tiny_student,
-        tiny_teacher("fcos"),
-        *[CaptureSpec(s.name, s.student, s.teacher, "raw") for s in specs],
-    )
-    tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
-    assert looking.step is not None
-    assert {k: len(v) for k, v in looking.step.student.items()} == {"towers": 5, "students": 5}
-    assert {k: len(v) for k, v in looking.step.teacher.items()} == {"towers": 1, "teachers": 5}
-    assert looking.step.teacher["towers"][0].shape == (2, 48, 6, 6)  # the second call: p4 of 96 px
-
-
 def test_a_pyramid_may_be_one_map_per_call(
     tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
 ) -> None:
@@ -114,7 +94,7 @@ def test_a_pyramid_may_be_one_map_per_call(
 def test_one_level_of_a_many_call_module(tiny_student: Student, tiny_teacher: MakeTeacher) -> None:
     spec = CaptureSpec("towers", "head.cls_subnet@2", "head.cls_subnet")
     model, _, _ = wired(tiny_student, tiny_teacher("fcos"), spec)
-    (pair,) = model.wiring.wanted["Looking"][0].pairs  # type: ignore[union-attr]
+    (pair,) = model.active["Looking"].captures[0].pairs
     assert (pair.student, pair.teacher, pair.stride) == (0, 2, 32)
 
 
@@ -122,7 +102,7 @@ def test_probing_changes_nothing(tiny_student: Student, tiny_teacher: MakeTeache
     cfg = tiny_student("fcos", tiny_teacher("fcos"))
     student = build_model(student_cfg(cfg)).train()
     student.backbone.bottom_up.eval()  # a mode of its own, as frozen BatchNorm has
-    teacher = build_teacher(cfg, check_classes=False)
+    teacher = build_teacher(cfg)
     before = copy.deepcopy([student.state_dict(), teacher.model.state_dict()])
     modes = {name: module.training for name, module in student.named_modules()}
     state = torch.get_rng_state()
@@ -155,7 +135,7 @@ def test_a_module_that_does_not_run_is_named(
     with pytest.raises(RuntimeError, match="module 'spare' runs 0 times"):
         DistillationDetector(
             student=student,
-            teacher=build_teacher(cfg, check_classes=False),
+            teacher=build_teacher(cfg),
             distillers={"Looking": Looking([spec])},
         )
 
@@ -188,7 +168,6 @@ def test_predictions_of_the_teacher(
     model, looking, cfg = wired(tiny_student, tiny_teacher("fcos"), spec)
     tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
     assert looking.step is not None
-    assert not looking.step.student
     assert set(looking.step.teacher) == {"predictions"}
     assert not looking.step.pairs
 
@@ -213,10 +192,64 @@ def test_teacher_is_any_module() -> None:
         distillers={"FeatureLp": FeatureLp()},
         schedules={"FeatureLp": lambda iteration: 1.0},
     )
-    assert model.wiring is not None
-    (pair,) = model.wiring.wanted["FeatureLp"][0].pairs
+    (pair,) = model.active["FeatureLp"].captures[0].pairs
     assert pair.stride == 8
-    assert isinstance(model.adapters["FeatureLp-features"][0], nn.Identity)
+    assert isinstance(model.active["FeatureLp"].adapters["features"][0], nn.Identity)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CaptureSpec("features", "backbone", None),
+        CaptureSpec("features", None, "backbone"),
+        CaptureSpec("predictions", "head", "head", "predictions"),
+    ],
+)
+def test_a_capture_that_makes_no_sense_is_refused(
+    spec: CaptureSpec, tiny_student: Student, tiny_teacher: MakeTeacher
+) -> None:
+    with pytest.raises(ValueError, match="makes no sense"):
+        wired(tiny_student, tiny_teacher("fcos"), spec)
+
+
+def test_masks_of_a_grid_are_computed_once_for_all_distillers(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+) -> None:
+    cfg = tiny_student("fcos", tiny_teacher("fcos"))
+    spec = CaptureSpec("features", "backbone", "backbone")
+    model = DistillationDetector(
+        student=build_model(student_cfg(cfg)),
+        teacher=build_teacher(cfg),
+        distillers={"Looking": Looking([spec]), "Looking:again": Looking([spec])},
+    )
+    with torch.no_grad():
+        steps = model.eval().observe(tiny_runs.batch_of(cfg, tiny_records)).steps
+    for one, other in zip(
+        steps["Looking"].pairs["features"], steps["Looking:again"].pairs["features"], strict=True
+    ):
+        assert one.valid() is other.valid()
+        assert one.image_sizes is other.image_sizes
+
+
+def test_boxes_are_asked_for_only_where_a_distiller_needs_them(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+) -> None:
+    spec = CaptureSpec("features", "backbone", "backbone")
+    model, looking, cfg = wired(tiny_student, tiny_teacher("fcos"), spec)
+    batch = [{"image": item["image"]} for item in tiny_runs.batch_of(cfg, tiny_records)]
+    assert model.eval().observe(batch).steps["Looking"].targets.boxes == []
+    type(looking).needs_boxes = True
+    try:
+        with pytest.raises(ValueError, match="needs boxes, but the training data has none"):
+            model.observe(batch)
+    finally:
+        type(looking).needs_boxes = False
+
+
+def test_nothing_active_is_nothing_to_observe(tiny_student: Student) -> None:
+    model = DistillationDetector(student=build_model(student_cfg(tiny_student("fcos"))))
+    with pytest.raises(RuntimeError, match=r"No distiller is active \(KD.DISTILLERS\)"):
+        model.observe([])
 
 
 def test_config_default_captures(tiny_teacher: MakeTeacher) -> None:

@@ -224,7 +224,7 @@ class TestIdleDistillers:
         losses, _ = tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
         assert losses["loss_kd_feature_lp_idle"].item() == 0
         sum(losses.values()).backward()
-        gradients = [p.grad for p in model.adapters.parameters()]
+        gradients = [p.grad for p in model.active.parameters()]
         assert len(gradients) == 5
         assert all(g is not None and not g.any() for g in gradients)
 
@@ -249,7 +249,7 @@ def test_adapters_are_trained_and_are_not_the_students(
     cfg = tiny_student("fcos", tiny_teacher("fcos"), {"SOLVER.BASE_LR": 0.01})
     trainer = tiny_runs.DistillationTrainer(cfg)
     model = trainer.model
-    adapters = list(model.adapters.parameters())
+    adapters = list(model.active.parameters())
     assert [tuple(p.shape) for p in adapters] == [(48, 32, 1, 1)] * 5
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert {id(p) for p in adapters} <= optimized
@@ -320,7 +320,7 @@ class TestReducedView:
     ) -> None:
         cfg = tiny_student("fcos", tiny_teacher("fcos"), keys)
         model = build_model(cfg)
-        (wanted,) = model.wiring.wanted["FeatureLp"]
+        (wanted,) = model.active["FeatureLp"].captures
         names = [(p.name, p.stride, p.resample) for p in wanted.pairs]
         assert names == [(f"p{i}~p{i + 1}", 2.0 ** (i + 1), False) for i in range(2, 7)]
 
@@ -381,7 +381,7 @@ def test_trains_three_steps(
     losses = [step["loss_kd_feature_lp"] for step in recorder.steps]
     assert all(0 < value < float("inf") for value in losses)
     measured = ["kd/feature_lp/grad_share" in step for step in recorder.steps]
-    assert measured == [True, False, True]
+    assert measured == [True, True, True]  # the first steps all are
     assert len([k for k in recorder.steps[0] if k.startswith("loss_")]) > 2
     assert (Path(cfg.OUTPUT_DIR) / "model_final.pth").is_file()
 

@@ -10,37 +10,34 @@ import tiny_runs
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 from tiny_runs import TinyTeacher
 
-from kd_det.distillation.gradient_share import GradientShare
-
-
-def measured(
-    share: GradientShare, detection: Any, distilled: Any, features: Any
-) -> tuple[dict[str, float], EventStorage]:
-    with EventStorage() as storage:
-        return share.measure(detection, distilled, features), storage
+from kd_det.distillation.gradient_share import FIRST, ShareWatch, pull
 
 
 def test_hand_computed() -> None:
-    """d(3a + 4b)/d(a, b) = (3, 4), norm 5; d(det) sums to (6, 8), norm 10: a share of one half."""
+    """d(3a + 4b)/d(a, b) = (3, 4), norm 5; d(det) = (8, 6), norm 10; their product 48."""
     a, b = (torch.ones((), requires_grad=True) for _ in range(2))
-    detection = {"cls": 6 * a, "box": 8 * b}
-    share, storage = measured(
-        GradientShare(1), detection, {"x": 3 * a + 4 * b, "y": 3 * a}, {"x": [a, b], "y": [a]}
-    )
-    assert share == {"x": pytest.approx(0.5), "y": pytest.approx(0.5)}
-    assert storage.history("kd/x/grad_share").latest() == pytest.approx(0.5)
+    found = pull(3 * a + 4 * b, 8 * a + 6 * b, [a, b])
+    assert found.ratio.item() == pytest.approx(0.5)
+    assert found.cosine.item() == pytest.approx(48 / 50)
+
+
+def test_only_tensors_that_the_loss_depends_on_count() -> None:
+    """b is captured, but the distiller leaves it out: detection's gradient there is no matter."""
+    a, b = (torch.ones((), requires_grad=True) for _ in range(2))
+    found = pull(3 * a, 6 * a + 80 * b, [a, b])
+    assert found.ratio.item() == pytest.approx(0.5)
+    assert found.cosine.item() == pytest.approx(1.0)
 
 
 def test_leaves_the_graph_and_the_gradients_alone() -> None:
     weight = torch.ones(2, requires_grad=True)
     feature = 2 * weight
-    detection, loss = {"cls": feature.sum()}, feature.square().sum()
-    measured(GradientShare(1), detection, {"x": loss}, {"x": [feature]})
+    detection, loss = feature.sum(), feature.square().sum()
+    pull(loss, detection, [feature])
     assert weight.grad is None
-    (detection["cls"] + loss).backward()
+    (detection + loss).backward()
     assert torch.equal(weight.grad, torch.full((2,), 2.0 + 8.0))  # type: ignore[arg-type]
 
 
@@ -48,57 +45,61 @@ def test_small_float16_gradients_do_not_vanish() -> None:
     """5e-8 is less than the smallest float16 number; its share of 1e-5 is 5e-3."""
     feature = torch.ones(1, dtype=torch.float16, requires_grad=True)
     wide = feature.float()
-    detection, distilled = {"cls": (wide * 1e-5).sum()}, {"x": (wide * 5e-8).sum()}
-    share, _ = measured(GradientShare(1), detection, distilled, {"x": [feature]})
-    assert share["x"] == pytest.approx(5e-3, rel=0.05)
+    found = pull((wide * 5e-8).sum(), (wide * 1e-5).sum(), [feature])
+    assert found.ratio.item() == pytest.approx(5e-3, rel=0.05)
 
 
 def test_features_outside_the_graph_are_left_out() -> None:
-    a = torch.ones((), requires_grad=True)
-    frozen = torch.ones(())
-    share, _ = measured(
-        GradientShare(1), {"cls": a}, {"x": 2 * a, "y": 2 * frozen}, {"x": [a, frozen], "y": [a]}
-    )
-    assert share == {"x": pytest.approx(2.0)}
+    a, frozen = torch.ones((), requires_grad=True), torch.ones(())
+    assert pull(2 * a, a, [a, frozen]).ratio.item() == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="carries no gradient"):
+        pull(2 * a, a, [frozen])
+
+
+def test_no_gradient_at_all_is_no_error() -> None:
+    a, b = (torch.ones((), requires_grad=True) for _ in range(2))
+    assert pull(a * 0, a, [a]).ratio.item() == 0
+    assert math.isnan(pull(a, b, [a]).ratio.item())  # detection does not depend on it
+    assert math.isnan(pull(b, a, [a]).ratio.item())  # the distiller does not
 
 
 @pytest.mark.parametrize(("period", "due"), [(0, []), (1, [0, 1, 2, 3, 4]), (2, [0, 2, 4])])
 def test_period(period: int, due: list[int]) -> None:
-    assert [i for i in range(5) if GradientShare(period).is_due(i)] == due
+    assert [i for i in range(5) if ShareWatch(period).is_due(i)] == due
 
 
-def run_of_shares(values: list[float], caplog: pytest.LogCaptureFixture) -> list[str]:
-    share = GradientShare(1)
-    feature = torch.ones((), requires_grad=True)
+def test_the_first_steps_are_all_watched() -> None:
+    watch = ShareWatch(200)
+    for _ in range(FIRST):
+        assert watch.is_new("x")
+        watch.hear("x", 1.0)
+    assert not watch.is_new("x") and watch.is_new("y")
+    assert not ShareWatch(0).is_new("x")
+
+
+def messages_of(values: list[float], caplog: pytest.LogCaptureFixture) -> list[str]:
+    watch = ShareWatch(1)
     with caplog.at_level(logging.WARNING):
         for value in values:
-            measured(share, {"cls": 1 * feature}, {"x": value * feature}, {"x": [feature]})
+            watch.hear("x", value)
     return [record.getMessage() for record in caplog.records]
 
 
 @pytest.mark.parametrize(
-    ("value", "advice"), [(0.005, "raise its WEIGHT"), (11.0, "lower its WEIGHT")]
+    ("value", "advice"), [(0.005, "raise its WEIGHT"), (3.1, "lower its WEIGHT")]
 )
-def test_warns_once_when_a_share_stays_extreme(
+def test_warns_at_once_at_the_start(
     value: float, advice: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    messages = run_of_shares([value] * 3 + [1.0] + [value] * 9, caplog)
-    assert len(messages) == 1
-    assert messages[0].startswith("x: ")
-    assert advice in messages[0]
+    (message,) = messages_of([1.0, value, value], caplog)
+    assert message.startswith("x: the gradient of its loss")
+    assert advice in message and "troubleshooting" in message
 
 
-@pytest.mark.parametrize("values", [[0.02] * 9, [9.0] * 9, [0.001, 0.001, 1.0] * 3])
-def test_does_not_warn_of_shares_that_are_or_come_back_in_range(
-    values: list[float], caplog: pytest.LogCaptureFixture
-) -> None:
-    assert run_of_shares(values, caplog) == []
-
-
-def test_no_gradient_at_all_is_a_share_of_zero_not_an_error() -> None:
-    a = torch.ones((), requires_grad=True)
-    share, _ = measured(GradientShare(1), {"cls": a}, {"x": a * 0}, {"x": [a]})
-    assert share == {"x": 0.0}
+def test_warns_once_when_a_share_stays_extreme_later(caplog: pytest.LogCaptureFixture) -> None:
+    start = [1.0] * FIRST
+    assert messages_of([*start, 9.0, 9.0, 1.0] * 3, caplog) == []
+    assert len(messages_of([*start, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0], caplog)) == 1
 
 
 def test_is_what_the_models_gradients_say(
@@ -125,5 +126,7 @@ def test_is_what_the_models_gradients_say(
     logged = storage.history("kd/feature_lp/grad_share").latest()
     assert logged == pytest.approx(norms[0] / norms[1], rel=1e-4)
 
+    for _ in range(FIRST):
+        model.share_watch.hear("feature_lp", 1.0)
     _, storage = tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records), 11)
     assert "kd/feature_lp/grad_share" not in storage.histories()

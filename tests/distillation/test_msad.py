@@ -124,7 +124,7 @@ class TestLoss:
             handle = model.teacher.model.fusion.register_forward_hook(
                 lambda _, inputs, out: [
                     x + d
-                    for x, d in zip(inputs[0][1], deltas, strict=True)  # noqa: B023
+                    for x, d in zip(inputs[1], deltas, strict=True)  # noqa: B023
                 ]
             )
             losses, _ = tiny_runs.losses_at(model, batch, 500)
@@ -180,7 +180,7 @@ class TestTeacherCaptures:
         assert not calls_of(aligned.fusion, step)
         # The pass ends early, and the branches' statistics are in their places again.
         assert tiny_runs.equal_states(before, dict(aligned.state_dict()))
-        names = [pair.name for pair in model.wiring.wanted["AlignedPyramid"][0].pairs]
+        names = [pair.name for pair in model.active["AlignedPyramid"].captures[0].pairs]
         partners = aligned.branch_levels[view]
         assert names == [f"p{i}~{level}" for i, level in enumerate(partners, start=2)]
         assert (losses[LOSS].item() < 1e-4) == (view == "low")
@@ -194,7 +194,7 @@ class TestTeacherCaptures:
         trainer, recorder = tiny_runs.train(cfg)
         assert [step[LOSS] > 0 for step in recorder.steps] == [True] * 3
         model = trainer.model
-        pairs = model.wiring.wanted["AlignedPyramid"][0].pairs
+        pairs = model.active["AlignedPyramid"].captures[0].pairs
         # A fused pyramid is a list.
         assert [(p.name, p.stride, p.resample) for p in pairs] == [
             (f"p{i}~[{i - 2}]", 2.0 ** (i + 2), False) for i in range(2, 6)

@@ -182,7 +182,7 @@ class TestOtherPairs:
         keys = tiny_msad.msad_keys("fcos", aligned_teacher())
         keys |= {"KD.INHERIT": [], "KD.ALIGNED_PYRAMID.LOSS": loss}
         model = self.losses(tiny_student("fcos", aligned_teacher(), keys), LOSS)
-        shapes = [tuple(p.shape) for p in model.adapters.parameters()]
+        shapes = [tuple(p.shape) for p in model.active.parameters()]
         assert shapes == [(48, 32, 1, 1)] * 5
 
     def test_ordinary_teacher(
@@ -192,7 +192,7 @@ class TestOtherPairs:
         keys = tiny_msad.msad_keys("fcos", teacher)
         keys |= {"KD.INHERIT": [], "KD.ALIGNED_PYRAMID.TEACHER_CAPTURE": "backbone"}
         model = self.losses(tiny_student("fcos", teacher, keys), LOSS)
-        pairs = model.wiring.wanted["AlignedPyramid"][0].pairs
+        pairs = model.active["AlignedPyramid"].captures[0].pairs
         assert [pair.name for pair in pairs] == [f"p{i}~p{i + 1}" for i in range(2, 7)]
 
     def test_ssim_to_the_fused_pyramid(
@@ -208,7 +208,7 @@ class TestOtherPairs:
         keys = tiny_msad.reduced_keys("fcos", tiny_teacher("fcos"))
         keys |= {"KD.DISTILLERS": ["PGD"]}
         model = self.losses(tiny_student("fcos", tiny_teacher("fcos"), keys), "loss_kd_pgd")
-        names = {w.spec.name: [p.stride for p in w.pairs] for w in model.wiring.wanted["PGD"]}
+        names = {w.spec.name: [p.stride for p in w.pairs] for w in model.active["PGD"].captures}
         paired = [strides for strides in names.values() if strides]
         assert paired and all(strides == [8, 16, 32, 64, 128] for strides in paired)
 

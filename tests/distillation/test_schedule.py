@@ -120,7 +120,7 @@ def test_monotonous(iteration: int, total: int, final: float) -> None:
         ({"weight": -1.0}, "WEIGHT must be finite and >= 0, found -1"),
         ({"weight": math.nan}, "WEIGHT must be finite and >= 0, found nan"),
         ({"weight": math.inf}, "WEIGHT must be finite and >= 0, found inf"),
-        ({"decay": "linear"}, "DECAY is 'linear', expected 'constant' or 'cosine'"),
+        ({"decay": "linear"}, "DECAY is 'linear', expected 'constant', 'cosine' or 'auto'"),
         ({"steps": (1, 2), "factors": (0.5,)}, "STEPS has 2 entries and FACTORS 1; each step"),
         ({"steps": (5, 2), "factors": (0.5, 1.0)}, r"STEPS must ascend, found \[5, 2\]"),
         ({"final_factor": -0.5}, "FINAL_FACTOR must be finite and >= 0, found -0.5"),
@@ -164,11 +164,11 @@ def test_reads_every_key_of_its_node() -> None:
     )
 
 
-def test_defaults_of_the_distillers() -> None:
-    """MSAD warms up over 500 iterations to 0.6; the others are constant from the start."""
-    kd = config().KD
-    aligned = Schedule.from_config(kd.ALIGNED_PYRAMID, 1000)
-    assert [aligned(i) for i in (0, 250, 500, 999)] == pytest.approx([0, 0.3, 0.6, 0.6])
-    for node, weight in ((kd.FEATURE_LP, 1.0), (kd.SSIM, 4.0), (kd.PGD, 1.0)):
-        schedule = Schedule.from_config(node, 1000)
-        assert [schedule(i) for i in (0, 500, 999)] == [weight] * 3
+def test_a_weight_that_sets_itself_decays_and_a_given_one_stays() -> None:
+    for node in (config().KD.ALIGNED_PYRAMID, config().KD.PGD):
+        course = Schedule.from_config(node, 1000)
+        assert [course(i) for i in (0, 500, 1000)] == pytest.approx([1, 0.5, 0])
+        node.WEIGHT = 3
+        assert [Schedule.from_config(node, 1000)(i) for i in (0, 500, 999)] == [3.0] * 3
+        node.SCHEDULE.DECAY, node.WEIGHT = "constant", None
+        assert [Schedule.from_config(node, 1000)(i) for i in (0, 500, 999)] == [1.0] * 3

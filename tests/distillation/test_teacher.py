@@ -18,14 +18,14 @@ from torch import nn
 from kd_det.config import load_config, student_cfg
 from kd_det.distillation import detector as detector_module
 from kd_det.distillation.capture import CapturePath, FeatureCapture
+from kd_det.distillation.classes import check_same_classes
 from kd_det.distillation.teacher import (
     Teacher,
     build_teacher,
-    check_same_classes,
     load_strictly,
     other_channel_order,
-    sha256_of,
 )
+from kd_det.files import sha256_of
 
 Student = Callable[..., CfgNode]
 MakeTeacher = Callable[[str], TinyTeacher]
@@ -121,7 +121,7 @@ def test_channels_are_in_the_teachers_order_before_it_normalises(
         lambda module, args: seen.append(args[0])
     )
     batch = [{"image": image.expand(3, 64, 64).contiguous()}]
-    model.teacher(batch, model.wiring.teacher_capture, model.wiring.stop_after)
+    model.teacher(batch, model.watch.teacher, model.watch.stop_after)
     handle.remove()
     assert torch.equal(seen[0], torch.zeros(1, 3, 64, 64))
 
@@ -234,7 +234,7 @@ def test_bit_identical_after_training(cfg: CfgNode) -> None:
 
 
 def test_identity_is_that_of_the_file(cfg: CfgNode, tiny_teacher: MakeTeacher) -> None:
-    identity = build_teacher(cfg, check_classes=False).identity
+    identity = build_teacher(cfg).identity
     assert identity is not None
     assert identity.weights == str(tiny_teacher("fcos").weights)
     assert identity.sha256 == sha256_of(identity.weights)
@@ -247,7 +247,7 @@ def test_a_teacher_trained_on_a_reduced_view_keeps_looking_at_one(
     reduced = {**tiny_runs.distil_keys("fcos", None), "KD.STUDENT.VIEW_FACTOR": 2.0}
     file = tiny_runs.write_config(tmp_path / "reduced.yaml", "fcos", reduced, r50=True)
     teacher = TinyTeacher(file, tiny_teacher("fcos").weights)
-    built = build_teacher(tiny_student("fcos", teacher), check_classes=False)
+    built = build_teacher(tiny_student("fcos", teacher))
     assert built.view.factor == 2
 
 
@@ -346,6 +346,12 @@ class TestLoading:
             build_model(tiny_student("fcos", mixed))
 
 
+def compare(student: CfgNode, teacher: CfgNode) -> None:
+    """Compare the classes of two configs' models."""
+    models = [build_model(student_cfg(cfg)) for cfg in (student, teacher)]
+    check_same_classes(*models, student, teacher)
+
+
 class TestClasses:
     """Classes are compared where, and only where, a distiller reads class scores."""
 
@@ -371,7 +377,7 @@ class TestClasses:
     ) -> None:
         cfg = tiny_student("fcos", None, {"MODEL.ROI_HEADS.NUM_CLASSES": 9})
         for detector in ("fcos", "retinanet", "faster_rcnn"):
-            check_same_classes(cfg, load_config(str(tiny_teacher(detector).config_file)))
+            compare(cfg, load_config(str(tiny_teacher(detector).config_file)))
 
     def test_names_are_compared_without_the_teachers_data_being_registered(
         self, tiny_student: Student, tiny_data: dict[str, str], tmp_path: Path
@@ -386,14 +392,14 @@ class TestClasses:
         }
         cfg = tiny_student("fcos")
         with pytest.raises(ValueError, match=r"name their classes differently.*: 1: b / bee\."):
-            check_same_classes(cfg, tiny_student("fcos", None, keys, name="other"))
+            compare(cfg, tiny_student("fcos", None, keys, name="other"))
 
         content["categories"].append({"id": 3, "name": "c"})
         content["categories"][1]["name"] = "b"
         file.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=r": 2: none / c\."):
-            check_same_classes(cfg, tiny_student("fcos", None, keys, name="other"))
+            compare(cfg, tiny_student("fcos", None, keys, name="other"))
 
     def test_unknown_names_are_not_compared(self, tiny_student: Student) -> None:
         unknown = tiny_student("fcos", None, {"DATASETS.TRAIN": ["not_here"]}, name="other")
-        check_same_classes(tiny_student("fcos"), unknown)
+        compare(tiny_student("fcos"), unknown)

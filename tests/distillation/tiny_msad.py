@@ -44,6 +44,7 @@ def reduced_keys(detector: str, teacher: TinyTeacher | None, factor: int = 2) ->
         **_pyramid(2, 8 - factor.bit_length()),
         "KD.STUDENT.VIEW_FACTOR": float(factor),
         "KD.STUDENT.VIEW_INTERPOLATION": "nearest",
+        "KD.ALIGNED_PYRAMID.WEIGHT": 0.6,
         "KD.ALIGNED_PYRAMID.SCHEDULE.WARMUP_ITERS": 0,
         # Of random weights, nearly any box is found.
         "MODEL.FCOS.SCORE_THRESH_TEST": 0.0,

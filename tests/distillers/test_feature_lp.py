@@ -14,7 +14,7 @@ def step_of(*pairs: tuple[Tensor, Tensor], size: tuple[int, int] = (8, 16)) -> S
     """Pairs of maps of one image, at stride 8."""
     sizes = torch.tensor([size], dtype=torch.float32)
     levels = [Pair("p3~p3", 8.0, s, t, sizes) for s, t in pairs]
-    return Step({"features": levels}, {}, {}, Targets([], [], [size], []))
+    return Step({"features": levels}, {}, Targets([], [], [size], []))
 
 
 # Two channels, two cells of 8 px; differences 1, -2 | 3, 0.

@@ -55,7 +55,7 @@ class TestSsim(TestAlignedPyramid):
 def step_of(*pairs: tuple[Tensor, Tensor], size: tuple[int, int] = (8, 16)) -> Step:
     sizes = torch.tensor([size], dtype=torch.float32)
     levels = [Pair("p2~p3", 8.0, s, t, sizes) for s, t in pairs]
-    return Step({"features": levels}, {}, {}, Targets([], [], [size], []))
+    return Step({"features": levels}, {}, Targets([], [], [size], []))
 
 
 # One image, two channels, two cells: differences 1, -2 | 0.5, 0.
@@ -96,6 +96,7 @@ def test_weighted_it_is_the_papers_coefficient() -> None:
     """alpha * T^2 / T = 0.2 * 3 = 0.6 of the mean distance, summed over levels, after warm-up."""
     cfg = config()
     distiller = build_distiller("AlignedPyramid", cfg)
+    cfg.KD.ALIGNED_PYRAMID.WEIGHT, cfg.KD.ALIGNED_PYRAMID.SCHEDULE.WARMUP_ITERS = 0.6, 500
     weight = Schedule.from_config(cfg.KD.ALIGNED_PYRAMID, 90000)
     coarse = (torch.full((1, 2, 1, 1), -3.0), torch.zeros(1, 2, 1, 1))
     loss = distiller(step_of((STUDENT, TEACHER), coarse))[""]
@@ -120,6 +121,8 @@ def test_zero_vectors_have_finite_cosine_gradients() -> None:
 HALF = {
     "KD.DISTILLERS": ["AlignedPyramid"],
     "KD.STUDENT.VIEW_FACTOR": 2.0,
+    "KD.ALIGNED_PYRAMID.WEIGHT": 0.6,
+    "KD.ALIGNED_PYRAMID.SCHEDULE.WARMUP_ITERS": 500,
     "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
     "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
     "MODEL.FPN.TOP_BLOCK": "p6_c5",
@@ -147,13 +150,13 @@ def test_half_view_student_of_the_aligned_teacher(
     """P2..P6 of half the image learn the fused P3..P7; value and warm-up by hand."""
     cfg = tiny_student("fcos", aligned_teacher, HALF)
     model = build_model(cfg)
-    (wanted,) = model.wiring.wanted["AlignedPyramid"]
+    (wanted,) = model.active["AlignedPyramid"].captures
     assert [p.stride for p in wanted.pairs] == [8, 16, 32, 64, 128]
     assert not any(p.resample for p in wanted.pairs)
 
     batch = tiny_runs.batch_of(cfg, tiny_records)
     seen: list[list[Pair]] = []
-    model.distillers["AlignedPyramid"].register_forward_pre_hook(
+    model.active["AlignedPyramid"].distiller.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].pairs["features"])
     )
     first, storage = tiny_runs.losses_at(model, batch, 0)

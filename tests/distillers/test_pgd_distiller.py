@@ -24,13 +24,13 @@ from tiny_runs import TinyTeacher
 from torch import Tensor
 
 from kd_det.distillers import PGD, Pair, Step
-from kd_det.functional.gaussian_importance import importance_maps
-from kd_det.functional.level_grid import Level, positions_in_boxes, positions_in_images
+from kd_det.functional.gaussian_importance import ImportanceOptions, importance_maps
+from kd_det.functional.level_grid import Grid, positions_in_boxes, positions_in_images
 from kd_det.functional.pgd import classification_terms, regression_terms
 
 Student = Callable[..., CfgNode]
 MakeTeacher = Callable[[str], TinyTeacher]
-LEVELS = [Level(height, width, s) for (height, width), s in zip(SIDES, STRIDES, strict=True)]
+LEVELS = [Grid(height, width, s) for (height, width), s in zip(SIDES, STRIDES, strict=True)]
 
 
 class TestPGD(DistillerContract):
@@ -105,9 +105,7 @@ def composed_by_hand(scene: Scene) -> dict[str, Tensor]:
         classes,
         present,
         LEVELS,
-        exponents=(0.8, 0.6),
-        top_k=6,
-        gate="before",
+        ImportanceOptions(exponents=(0.8, 0.6), top_k=6, gate="before"),
         position_valid=valid,
     )
     background = ~positions_in_boxes(LEVELS, boxes, present)
@@ -381,7 +379,7 @@ def built(
 def run(model: Any, cfg: CfgNode, records: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Step]:
     """Run a training step, with the teacher's inference forbidden; return what PGD was given."""
     steps: list[Step] = []
-    model.distillers["PGD"].register_forward_pre_hook(lambda m, args: steps.append(args[0]))
+    model.active["PGD"].distiller.register_forward_pre_hook(lambda m, args: steps.append(args[0]))
 
     def fail(*args: Any) -> None:
         raise AssertionError("the teacher went on to inference")
@@ -414,7 +412,7 @@ def test_neck_of_a_two_stage_student_of_a_dense_teacher(
     loss = losses["loss_kd_pgd_cls"]
     assert torch.isfinite(loss)
     assert gradient_at(model.student.backbone.fpn_lateral3.weight, loss) > 0
-    masks = model.distillers["PGD"].masks(step.teacher["predictions"], step.targets)
+    masks = model.active["PGD"].distiller.masks(step.teacher["predictions"], step.targets)
     assert masks.cls[0].any()
 
 
@@ -425,13 +423,12 @@ def test_towers_of_detectors_with_several_anchors(
     model, cfg = built("retinanet", tiny_teacher("retinanet"), tiny_student)
     losses, step = run(model, cfg, tiny_records)
     predictions = step.teacher["predictions"]
-    assert predictions.anchors_per_position == 9
     for (height, width), logits, pair in zip(
         predictions.sizes, predictions.logits, step.pairs["cls"], strict=True
     ):
         assert logits.shape[1] == 9 * height * width
         assert pair.student.shape[-2:] == pair.teacher.shape[-2:] == (height, width)
-    masks = model.distillers["PGD"].masks(predictions, step.targets)
+    masks = model.active["PGD"].distiller.masks(predictions, step.targets)
     assert [x.shape[1:] for x in masks.cls] == [torch.Size(size) for size in predictions.sizes]
     assert masks.cls[0].any()
     head = model.student.head

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from tiny_runs import TinyTeacher
 
 from kd_det.distillers import SSIM
-from kd_det.functional.ssim import ssim_loss
+from kd_det.functional.ssim import SSIMOptions, ssim_loss
 
 
 class TestSSIM(DistillerContract):
@@ -46,7 +46,8 @@ class TestSSIM(DistillerContract):
         }
         pairs = scene.step().pairs["features"]
         for part in [{key: value} for key, value in options.items()]:
-            expected = sum(ssim_loss(pair.student, pair.teacher, **part) for pair in pairs)
+            functional = SSIMOptions(**part)
+            expected = sum(ssim_loss(pair.student, pair.teacher, functional) for pair in pairs)
             assert self.total(scene, **part) == expected
         assert len({self.total(scene, **{k: v}).item() for k, v in options.items()}) == 6
 
@@ -72,7 +73,8 @@ class TestRenormBox(TestSSIM):
 
     def test_is_the_sum_over_levels_of_the_functional_form(self, scene: Scene) -> None:
         pairs = scene.step().pairs["features"]
-        expected = sum(ssim_loss(p.student, p.teacher, **self.options) for p in pairs)
+        options = SSIMOptions(**self.options)
+        expected = sum(ssim_loss(p.student, p.teacher, options) for p in pairs)
         assert self.total(scene) == expected
 
     test_every_option_reaches_the_functional_form = None  # type: ignore[assignment]

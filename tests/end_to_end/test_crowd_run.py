@@ -1,6 +1,7 @@
 """The synthetic crowd from yaml: trained, evaluated, PGD with ignored regions."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,21 +9,23 @@ import tiny_runs
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from tiny_crowd import crowd_kept_in
 
 from kd_det.config import load_config
 from kd_det.data import CheckedDatasetMapper
 from kd_det.distillation.detector import targets_of
 from kd_det.distillers import PGD
+from kd_det.distillers.predictions import decode_dense
 from kd_det.engine.main import main
-from kd_det.modeling.dense.predictions import decode_dense
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "crowdhuman"
 TINY = ["DATALOADER.NUM_WORKERS", "0", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2"]
 
 
 @pytest.fixture
-def crowd(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setenv("KD_DET_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with crowd_kept_in(tmp_path_factory.getbasetemp() / "cache"):
+        yield
 
 
 def test_evaluation_prints_all_three_metrics(

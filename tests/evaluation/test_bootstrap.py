@@ -1,4 +1,4 @@
-"""AP from precomputed matches against pycocotools, and the properties of the paired bootstrap."""
+"""AP from precomputed matches against pycocotools, and arms compared on drawn images."""
 
 import contextlib
 import copy
@@ -14,7 +14,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from random_detections import random_results, random_truth
 
-from kd_det.evaluation.bootstrap import CocoMatches, paired_bootstrap
+from kd_det.evaluation.bootstrap import CocoMatches, sample_ap
+from kd_det.evaluation.difference import compare_arms
 
 
 def as_coco(truth: dict[str, Any]) -> COCO:
@@ -138,54 +139,54 @@ def models(*, seed: int, quality: float) -> list[CocoMatches]:
     return [CocoMatches.from_coco(as_coco(truth), run) for run in runs]
 
 
-class TestPairedBootstrap:
+class TestSampledAP:
     good = models(seed=5, quality=0.05)
     bad = models(seed=6, quality=0.25)
 
+    def test_draws_are_weights_of_the_images(self) -> None:
+        sampled = sample_ap(self.good, resamples=4, seed=7)
+        assert sampled.per_seed == pytest.approx([100 * run.ap().ap for run in self.good])
+        rng = np.random.default_rng(7)
+        for row in sampled.resampled:
+            counts = np.bincount(rng.integers(30, size=30), minlength=30)
+            assert row == pytest.approx([100 * run.ap(counts).ap for run in self.good])
+        assert sampled.image_ids == self.good[0].image_ids and sampled.draws == (4, 7)
+
     def test_a_clear_difference_excludes_zero_and_has_a_sign(self) -> None:
-        result = paired_bootstrap(self.bad, self.good, resamples=100)
+        bad, good = (sample_ap(runs, resamples=100) for runs in (self.bad, self.good))
+        found = compare_arms(bad, good)
         plain = [100 * (g.ap().ap - b.ap().ap) for g, b in zip(self.good, self.bad, strict=True)]
-        assert result["mean"] == pytest.approx(np.mean(plain))
-        assert 0 < result["low"] < result["mean"] < result["high"]
-        back = paired_bootstrap(self.good, self.bad, resamples=100)
-        assert back["low"] == pytest.approx(-result["high"])
+        assert found.mean == pytest.approx(np.mean(plain))
+        assert 0 < found.low < found.mean < found.high
+        assert compare_arms(good, bad).low == pytest.approx(-found.high)
+        assert found.p is not None and found.p < 0.05 and found.images == 30
 
-    def test_equal_seeds_give_equal_results(self) -> None:
-        first, again, other = (
-            paired_bootstrap(self.bad, self.good, resamples=20, seed=s) for s in (3, 3, 4)
-        )
-        assert first == again
-        assert first["low"] != other["low"]
+    def test_an_arm_does_not_differ_from_itself(self) -> None:
+        mixed = sample_ap([self.good[0], self.bad[1]], resamples=30)
+        found = compare_arms(mixed, mixed)
+        assert (found.mean, found.low, found.high, found.p) == (0, 0, 0, 1)
 
-    def test_images_and_seeds_are_drawn_alike_for_both_models(self) -> None:
-        mixed = [self.good[0], self.bad[1]]
-        result = paired_bootstrap(mixed, mixed, resamples=30)
-        assert result == {"mean": 0.0, "low": 0.0, "high": 0.0}
-
-    def test_seeds_are_drawn_as_well(self) -> None:
-        one_way = paired_bootstrap(self.bad[:1], self.good[:1], resamples=200)
+    def test_seeds_that_disagree_widen_the_interval(self) -> None:
+        one_way = compare_arms(*(sample_ap(r[:1], resamples=100) for r in (self.bad, self.good)))
         # The second seed reverses the difference, so the interval has to reach both sides.
         arms = [self.bad[0], self.good[0]], [self.good[0], self.bad[0]]
-        both_ways = paired_bootstrap(*arms, resamples=200)
-        assert one_way["low"] > 0
-        assert both_ways["mean"] == 0
-        assert both_ways["low"] < 0 < both_ways["high"]
+        both_ways = compare_arms(*(sample_ap(runs, resamples=100) for runs in arms))
+        assert one_way.low > 0
+        assert both_ways.mean == 0
+        assert both_ways.low < 0 < both_ways.high
 
     def test_progress_and_metric(self) -> None:
         calls: list[tuple[int, int]] = []
-        result = paired_bootstrap(
-            self.bad, self.good, metric="ap50", resamples=3, progress=lambda *c: calls.append(c)
+        sampled = sample_ap(
+            self.good, metric="ap50", resamples=3, progress=lambda *c: calls.append(c)
         )
-        plain = [g.ap().ap50 - b.ap().ap50 for g, b in zip(self.good, self.bad, strict=True)]
         assert calls == [(1, 3), (2, 3), (3, 3)]
-        assert result["mean"] == pytest.approx(100 * np.mean(plain))
+        assert sampled.per_seed == pytest.approx([100 * run.ap().ap50 for run in self.good])
 
-    def test_wrong_pairs_are_refused(self) -> None:
+    def test_runs_that_do_not_belong_together_are_refused(self) -> None:
         truth = random_truth(np.random.default_rng(1), images=4)
         elsewhere = CocoMatches.from_coco(as_coco(truth), [])
-        with pytest.raises(ValueError, match="3 seeds of the baseline and 2"):
-            paired_bootstrap(self.good, self.bad[:2])
+        with pytest.raises(ValueError, match="found no runs"):
+            sample_ap([])
         with pytest.raises(ValueError, match="different images"):
-            paired_bootstrap(self.good[:1], [elsewhere])
-        with pytest.raises(ValueError, match="confidence is 95"):
-            paired_bootstrap(self.good, self.bad, confidence=95)
+            sample_ap([self.good[0], elsewhere])

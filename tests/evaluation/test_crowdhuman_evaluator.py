@@ -5,14 +5,17 @@ import logging
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
+from kd_det.config import add_kd_config
 from kd_det.data.crowdhuman import register_crowdhuman
 from kd_det.data.synthetic_crowd import make_synthetic_crowd
 from kd_det.evaluation import crowdhuman
+from kd_det.evaluation.build import build_evaluator
 from kd_det.evaluation.crowdhuman import CrowdHumanEvaluator
 
 NAME = "crowd_of_the_evaluator_test"
@@ -52,9 +55,15 @@ def oracle(batch: list[dict]) -> list[dict]:
 
 
 def test_the_truth_is_perfect(crowd, tmp_path):
-    evaluator = CrowdHumanEvaluator(NAME, output_dir=str(tmp_path / "out"))
+    evaluator = CrowdHumanEvaluator(NAME, output_dir=str(tmp_path / "out"), rules="smooth")
     results = inference_on_dataset(oracle, [crowd[4:], crowd[:4]], evaluator)
     assert results == {"bbox": {"AP": 100.0, "MR": 0.0, "JI": 100.0, "recall": 100.0}}
+
+    found = inference_on_dataset(oracle, [crowd], CrowdHumanEvaluator(NAME))["bbox"]
+    count = sum(len(people(image)) for image in crowd)
+    assert found["AP"] == pytest.approx(100 * (1 - 1 / count))  # nothing before the first detection
+    assert found["JI"] == pytest.approx(100, abs=1e-3) and found["JI"] < 100
+    assert (found["MR"], found["recall"]) == (0, 100)
 
     saved = json.loads((tmp_path / "out" / "crowdhuman_predictions.json").read_text())
     assert len(saved) == sum(len(people(image)) for image in crowd)
@@ -77,10 +86,11 @@ def test_boxes_count_inside_the_image(tmp_path):
     try:
         images = DatasetCatalog.get(NAME)
         evaluator = CrowdHumanEvaluator(NAME, distributed=False)
+        # With one person the official AP, without what comes before the first detection, is 0.
         for seen in ([0.0, 0.0, 10.0, 30.0], [-30.0, 0.0, 10.0, 30.0]):
             evaluator.reset()
             evaluator.process(images, [detected(images[0], torch.tensor([seen]))])
-            assert evaluator.evaluate()["bbox"]["AP"] == 100
+            assert evaluator.evaluate()["bbox"]["recall"] == 100
     finally:
         DatasetCatalog.remove(NAME)
         MetadataCatalog.remove(NAME)
@@ -95,7 +105,7 @@ def test_reset_forgets_and_missing_images_count(crowd, caplog):
         found = evaluator.evaluate()["bbox"]
     here, everywhere = (sum(len(people(image)) for image in part) for part in (crowd[:2], crowd))
     assert found["recall"] == pytest.approx(100 * here / everywhere)
-    assert found["AP"] == pytest.approx(100 * here / everywhere)
+    assert found["AP"] == pytest.approx(100 * (here - 1) / everywhere)
     assert found["JI"] < 60
     assert "4 of the 6 images" in caplog.text
     assert "recall" in caplog.text
@@ -113,7 +123,7 @@ def test_detections_in_ignore_regions_do_not_count(crowd):
         for image in crowd
     }
     assert sum(len(boxes) for boxes in regions.values()) > 2
-    evaluator = CrowdHumanEvaluator(NAME)
+    evaluator = CrowdHumanEvaluator(NAME, rules="smooth")
     for image in crowd:
         # Of lower score than the people, so that none of them is taken by a detection of a region.
         both = oracle([image])[0]["instances"], detected(image, regions[image["image_id"]], 0.91)
@@ -125,7 +135,7 @@ def test_detections_in_ignore_regions_do_not_count(crowd):
 def test_processes_are_gathered_and_only_the_main_one_answers(crowd, monkeypatch):
     parts = []
     for share in (crowd[:3], crowd[3:]):
-        evaluator = CrowdHumanEvaluator(NAME)
+        evaluator = CrowdHumanEvaluator(NAME, rules="smooth")
         evaluator.process(share, oracle(share))
         parts.append(evaluator._predictions)
     monkeypatch.setattr(crowdhuman.comm, "gather", lambda data, dst: parts)
@@ -140,6 +150,20 @@ def test_half_precision_and_empty_detections_are_taken(crowd):
     half["instances"].scores = half["instances"].scores.half()
     evaluator.process(crowd[:2], [half, detected(crowd[1], torch.zeros(0, 4))])
     assert evaluator.evaluate()["bbox"]["recall"] > 0
+
+
+def test_the_rules_come_from_the_config(crowd):
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    found = {}
+    for rules in ("official", "smooth"):
+        cfg.TEST.CROWDHUMAN_RULES = rules
+        evaluator = build_evaluator(cfg, NAME, "")
+        found[rules] = inference_on_dataset(oracle, [crowd], evaluator)["bbox"]["AP"]
+    assert found["official"] < found["smooth"] == 100
+    cfg.TEST.CROWDHUMAN_RULES = "offical"
+    with pytest.raises(ValueError, match=r"is 'offical'; expected one of \['official', 'smooth'"):
+        build_evaluator(cfg, NAME, "")
 
 
 def test_what_does_not_belong_is_refused(crowd):

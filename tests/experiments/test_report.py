@@ -5,20 +5,23 @@ import json
 import pytest
 from PIL import Image
 
-from kd_det.cli import compare
+from kd_det.experiments import runs
+from kd_det.experiments.compare import _claimed
 from kd_det.experiments.environment import shown_command
 from kd_det.experiments.figure import pick_images
 from kd_det.experiments.ground_truth import GroundTruth
-from kd_det.files import read_json, write_json
+from kd_det_cli import main
 
 # Boxes 40, 38 (class disc) and 36 (class ring) pixels wide, moved by 8: IoU 32/48, 30/46 and 28/44
 # reach 4, 4 and 3 of the 10 thresholds, so AP is (40 + 30) / 2.
 SHIFTED = {"shift": 8, "ap": 35.0}
 
 
-def compare_lab(lab, *extra, recipe=None):
-    argv = ["--recipe", recipe or lab.recipe, "--out", str(lab.out), "--jobs", "4", *extra]
-    return compare.main(argv, lab.runner)
+def compare_lab(lab, *extra, recipe=None, out=None):
+    words = ["--recipe", recipe or lab.recipe, "--out", str(out or lab.out), "--jobs", "4", *extra]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "RUNNER", lab.runner)
+        return main(["compare", *words])
 
 
 def test_report_holds_what_can_be_worked_out_by_hand(lab, capsys):
@@ -41,22 +44,28 @@ def test_report_holds_what_can_be_worked_out_by_hand(lab, capsys):
     assert none["mean"]["AP"] == 35.0 and none["std"]["AP"] == pytest.approx(2**0.5)
     assert none["APs"] == [None, None] and none["mean"]["APs"] is None
     assert none["delta"] is None and none["gap_closed"] is None
-    # All images are alike, so no resample differs from another.
-    assert l2["delta"] == pytest.approx({"mean": 65.0, "low": 65.0, "high": 65.0})
+    # All images and seeds are alike, so nothing spreads.
+    assert [l2["delta"][key] for key in ("mean", "low", "high")] == pytest.approx([65.0] * 3)
+    assert (l2["delta"]["verdict"], l2["delta"]["seeds"]) == ("gain", 2)
+    assert l2["delta"]["method"] == "seeds and test images" and l2["delta"]["holm"] < 0.05
     assert l2["gap_closed"] == pytest.approx(65.0 / (165.0 - 35.0))
     assert l2["sec_per_step"] == 0.3 and l2["sec_per_step_ratio"] == pytest.approx(1.5)
     assert again["delta"]["mean"] == pytest.approx(0.0)
     (pair,) = report["comparisons"]
     assert (pair["arm"], pair["against"]) == ("again", "l2")
     assert pair["delta"]["mean"] == pytest.approx(-65.0)
+    assert pair["delta"]["verdict"] == "loss"
+    assert report["power"]["seeds"] == 3 and report["power"]["seed_sd"] == pytest.approx(0)
     assert report["teacher"]["AP"] == [165.0] and report["other_teachers"] == []
     assert report["environment"]["kd_det"] and report["environment"]["cores"] >= 1
 
     shown = capsys.readouterr().out
-    assert "+65.0 [+65.0, +65.0]" in shown and "50 %" in shown and "0.30 (1.50x)" in shown
+    assert "+65.00 [+65.00, +65.00]" in shown and "50 %" in shown and "0.30 (1.50x)" in shown
     page = (lab.out / "report.md").read_text()
     assert "35.0 ± 1.4" in page and "L2 on features" in page and "(report.png)" in page
-    assert "again minus L2 on features: -65.0" in page
+    held = "holds after Holm's correction for 3 comparisons"
+    assert f"again minus L2 on features: -65.00 [-65.00, -65.00] AP, loss ({held})" in page
+    assert "(80 % power, two-sided 5 %) takes 3 seeds" in page and "docs/intervals.md" in page
     assert str(lab.root) not in page + (lab.out / "report.json").read_text()
     with Image.open(lab.out / "report.png") as figure:
         assert figure.width == 1500 and figure.height > 500
@@ -67,6 +76,10 @@ def test_arms_and_seeds_can_be_chosen(lab):
     report = json.loads((lab.out / "report.json").read_text())
     assert [arm["name"] for arm in report["arms"]] == ["none", "l2"]
     assert all(arm["seeds"] == [3] and arm["std"]["AP"] is None for arm in report["arms"])
+    assert report["arms"][1]["delta"]["verdict"] == "no verdict (one seed)"
+    assert report["arms"][1]["delta"]["method"] == "test images only" and report["power"] is None
+    page = (lab.out / "report.md").read_text()
+    assert "over test images only" in page and "no verdict (one seed)" in page
     starts = {call["run"].rsplit("-", 1)[0] for call in lab.calls()}
     assert starts == {"teacher", "none-seed3", "l2-seed3"}
 
@@ -103,14 +116,30 @@ def test_exit_codes_and_messages(lab, capsys, tmp_path):
 
 def test_an_output_folder_that_is_taken_or_not_writable(lab, capsys):
     lab.out.mkdir()
-    with compare._claimed(lab.out):
+    with _claimed(lab.out):
         assert compare_lab(lab) == 1
     assert "Another `kd-det compare` is at work" in capsys.readouterr().err
     (lab.root / "file").write_text("")
-    argv = ["--recipe", lab.recipe, "--out", str(lab.root / "file" / "out")]
-    assert compare.main(argv, lab.runner) == 1
+    assert compare_lab(lab, out=lab.root / "file" / "out") == 1
     assert "cannot be written" in capsys.readouterr().err
     assert lab.calls() == []
+
+
+def test_another_recipe_does_not_replace_the_report(lab, capsys):
+    assert compare_lab(lab, "--arms", "l2", "--seeds", "0") == 0
+    first = (lab.out / "report.json").read_bytes()
+    text = (lab.root / "recipe.yaml").read_text()
+    other = lab.write("other.yaml", text.replace("name: tiny", "name: other"))
+    lab.calls()
+    capsys.readouterr()
+    assert compare_lab(lab, recipe=other) == 2
+    message = capsys.readouterr().err
+    assert f"{lab.out} holds the report of recipe tiny on cli_test_another_recipe" in message
+    assert "choose another --out, or move report.md, report.json, report.png away" in message
+    assert lab.calls() == [] and (lab.out / "report.json").read_bytes() == first
+    # The same recipe goes on where it was.
+    assert compare_lab(lab, "--arms", "l2", "--seeds", "0") == 0
+    assert lab.calls() == [] and (lab.out / "report.json").is_file()
 
 
 def test_images_are_chosen_by_their_annotations_alone():
@@ -126,14 +155,6 @@ def test_images_are_chosen_by_their_annotations_alone():
     assert picked(few + many) == [4, 8]  # a quarter and three quarters into [2, 4, 6, 8]
     assert picked(few) == [2, 7]  # no image has three objects: all count
     assert picked(few + many, count=9) == [2, 4, 6, 8]
-
-
-def test_json_files_hold_null_for_nan_and_half_files_are_none(tmp_path):
-    write_json(tmp_path / "deep" / "a.json", {"a": [float("nan"), 1.5], "b": {"c": float("inf")}})
-    assert read_json(tmp_path / "deep" / "a.json") == {"a": [None, 1.5], "b": {"c": None}}
-    (tmp_path / "half.json").write_text('{"a": ')
-    assert read_json(tmp_path / "half.json") is None
-    assert read_json(tmp_path / "absent.json") is None
 
 
 def test_reported_commands_name_no_folders_of_the_user(tmp_path, monkeypatch):

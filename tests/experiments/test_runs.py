@@ -2,9 +2,11 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 
+from kd_det.experiments import plan as plan_module
 from kd_det.experiments.plan import make_plan
 from kd_det.experiments.progress import Display, Estimator
 from kd_det.experiments.recipe import RecipeError, read_recipe
@@ -74,6 +76,30 @@ def test_hashes_follow_the_teacher_and_the_ancestor_but_not_the_place(lab):
     assert {k for k, v in names(plan_of(lab)).items() if after[k] != v} == {
         f"{name}-seed{seed}" for name in ("none", "again") for seed in (0, 1)
     }
+
+
+def test_each_config_and_each_checkpoint_is_read_once(lab, monkeypatch):
+    lab.write("given.pth", "one")
+    text = (lab.root / "recipe.yaml").read_text()
+    weights = "overrides: [KD.TEACHER.WEIGHTS, given.pth]"
+    text = text.replace("label: L2 on features", weights)
+    text += f"  - {{name: more, config: distilled.yaml, {weights}}}\n"
+    read = {"load_config": [], "sha256_of": []}
+
+    def note(name):
+        original = getattr(plan_module, name)
+
+        def reader(path, *rest):
+            read[name].append(Path(path).name)
+            return original(path, *rest)
+
+        monkeypatch.setattr(plan_module, name, reader)
+
+    note("load_config")
+    note("sha256_of")
+    plan_of(lab, lab.write("given.yaml", text))
+    assert read["sha256_of"] == ["given.pth"]
+    assert sorted(read["load_config"]) == ["distilled.yaml", "student.yaml", "teacher.yaml"]
 
 
 def test_a_failure_stops_with_the_log_and_the_next_call_resumes(lab):

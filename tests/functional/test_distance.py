@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from kd_det.functional.distance import (
-    at_least_float32,
     masked_mean,
     masked_standardize,
     mean_distance,
 )
+from kd_det.functional.precision import at_least_float32
 
 # One image, two channels, two cells; differences 1, -2 | 3, 0.
 STUDENT = torch.tensor([[[[2.0, 1.0]], [[3.0, 5.0]]]])

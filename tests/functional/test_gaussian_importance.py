@@ -1,4 +1,4 @@
-"""Hand-computed weights e^(-d^2/2), and the whole method against a loop over boxes."""
+"""Hand-computed weights e^(-d^2/2), and importance that follows from them."""
 
 import math
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from kd_det.functional.gaussian_importance import (
     Gate,
+    ImportanceOptions,
     gaussian_weights,
     importance_maps,
     prediction_quality,
 )
 from kd_det.functional.level_grid import (
-    Level,
-    count_positions,
+    Grid,
     grid_positions,
     positions_in_boxes,
 )
 from kd_det.functional.pgd import mean_mask
 
-COARSE = (Level(4, 4, 8),)
+COARSE = (Grid(4, 4, 8),)
 COARSE_BOX = [2.0, 2.0, 30.0, 18.0]
 
 
@@ -32,11 +32,11 @@ def weights(points: list[tuple[float, float]], ridge: float = 0.0) -> Tensor:
 
 
 def predictions(
-    quality: dict[tuple[int, float, float], float], box: list[float], levels: tuple[Level, ...]
+    quality: dict[tuple[int, float, float], float], box: list[float], grids: tuple[Grid, ...]
 ) -> tuple[Tensor, Tensor]:
     """Logits of one class and boxes with p = IoU = quality at (stride, x, y); 0.01 elsewhere."""
-    points = grid_positions(levels).tolist()
-    strides = [level.stride for level in levels for _ in range(level.height * level.width)]
+    points = grid_positions(grids).tolist()
+    strides = [grid.stride for grid in grids for _ in range(grid.height * grid.width)]
     q = [quality.get((stride, x, y), 0.01) for stride, (x, y) in zip(strides, points, strict=True)]
     q = torch.tensor(q, dtype=torch.float64)
     boxes = torch.tensor(box, dtype=torch.float64).repeat(len(q), 1)
@@ -48,20 +48,18 @@ def predictions(
 def single_box_maps(
     quality: dict[tuple[int, float, float], float],
     box: list[float],
-    levels: tuple[Level, ...],
+    grids: tuple[Grid, ...],
     gate: Gate = "before",
 ) -> Tensor:
-    logits, boxes = predictions(quality, box, levels)
+    logits, boxes = predictions(quality, box, grids)
     maps = importance_maps(
         logits,
         boxes,
         gt_boxes=torch.tensor([[box]]),
         gt_classes=torch.zeros(1, 1, dtype=torch.int64),
         gt_valid=torch.ones(1, 1, dtype=torch.bool),
-        levels=levels,
-        top_k=4,
-        gate=gate,
-        ridge=0.0,
+        grids=grids,
+        options=ImportanceOptions(top_k=4, gate=gate, ridge=0.0),
     )
     torch.testing.assert_close(maps[0], maps[1])  # p = IoU: the exponent does not matter
     return maps[0][0]
@@ -167,7 +165,7 @@ def test_gate_after_fits_with_outside_positions():
 
 
 def test_levels_share_one_selection_and_one_fit():
-    levels = (Level(4, 4, 8), Level(2, 2, 16))
+    grids = (Grid(4, 4, 8), Grid(2, 2, 16))
     quality = {
         (8, 12.0, 12.0): 0.9,
         (8, 20.0, 12.0): 0.8,
@@ -175,7 +173,7 @@ def test_levels_share_one_selection_and_one_fit():
         (16, 8.0, 8.0): 0.6,
         (8, 4.0, 4.0): 0.5,
     }
-    found = single_box_maps(quality, [2.0, 2.0, 30.0, 30.0], levels)
+    found = single_box_maps(quality, [2.0, 2.0, 30.0, 30.0], grids)
     expected = torch.zeros(20, dtype=torch.float64)
     expected[[5, 6, 9, 16]] = torch.tensor([0.955563, 0.244365, 0.244365, 0.320984]).double()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
@@ -199,93 +197,16 @@ def test_overlapping_boxes_keep_the_larger_weight():
     gt = torch.tensor([[[0, 0, 24, 24], [8, 8, 32, 32.0]]])
     whole = torch.tensor([0.0, 0.0, 32.0, 32.0]).expand(1, 16, 4)
     found = importance_maps(
-        logits, whole, gt, torch.tensor([[0, 1]]), torch.ones(1, 2).bool(), COARSE, top_k=4, ridge=0
+        logits,
+        whole,
+        gt,
+        torch.tensor([[0, 1]]),
+        torch.ones(1, 2).bool(),
+        COARSE,
+        ImportanceOptions(top_k=4, ridge=0),
     )[0].view(1, 4, 4)
     expected = torch.zeros(16)
     expected[[0, 1, 4, 5]] = torch.tensor([0.052554, 0.052554, 0.052554, 0.086647])
     expected[[6, 9, 15]] = torch.tensor([0.049714, 0.049714, 0.035622])
     torch.testing.assert_close(mean_mask(found).flatten(), expected, atol=1e-6, rtol=0)
     assert found[0, 1, 1] == pytest.approx(0.606531, abs=1e-6)
-
-
-def loop_over_boxes(
-    probability: Tensor,
-    boxes: Tensor,
-    gt_boxes: Tensor,
-    gt_classes: Tensor,
-    gt_valid: Tensor,
-    levels: tuple[Level, ...],
-    exponent: float,
-    top_k: int,
-    gate: Gate,
-) -> Tensor:
-    """The formulas, one box and one position at a time; (N, R * A, K) probabilities."""
-    points = [tuple(point) for point in grid_positions(levels).tolist()]
-    anchors = boxes.shape[1] // len(points)
-    result = torch.zeros(len(boxes), len(points), dtype=torch.float64)
-    for n, m in gt_valid.nonzero().tolist():
-        x0, y0, x1, y1 = gt_boxes[n, m].tolist()
-        candidates = []
-        for r, (x, y) in enumerate(points):
-            inside = min(x - x0, y - y0, x1 - x, y1 - y) > 1e-10
-            best = 0.0
-            for index in range(r * anchors, (r + 1) * anchors):
-                u0, v0, u1, v1 = boxes[n, index].tolist()
-                width, height = min(x1, u1) - max(x0, u0), min(y1, v1) - max(y0, v0)
-                common = max(width, 0) * max(height, 0)
-                iou = common / ((x1 - x0) * (y1 - y0) + (u1 - u0) * (v1 - v0) - common)
-                p = probability[n, index, gt_classes[n, m]].item()
-                best = max(best, p ** (1 - exponent) * iou**exponent)
-            if best > 0 and (inside or gate == "after"):
-                candidates.append((best, r, inside))
-        chosen = sorted(candidates, reverse=True)[:top_k]
-        if not chosen:
-            continue
-        xy = torch.tensor([points[r] for _, r, _ in chosen], dtype=torch.float64)
-        centred = xy - xy.mean(0)
-        sigma = centred.T @ centred / len(chosen) + 8.3e-4 * torch.eye(2, dtype=torch.float64)
-        for (_, r, inside), d in zip(chosen, centred, strict=True):
-            value = math.exp(-0.5 * float(d @ torch.linalg.solve(sigma, d)))
-            result[n, r] = max(result[n, r].item(), value if inside else 0.0)
-    return result
-
-
-@settings(deadline=None, max_examples=20)
-@given(
-    seed=st.integers(0, 2**31),
-    boxes_per_image=st.lists(st.integers(0, 4), min_size=1, max_size=3),
-    top_k=st.sampled_from([1, 4, 9, 200]),
-    gate=st.sampled_from(["before", "after"]),
-    anchors=st.sampled_from([1, 2]),
-    max_pairs=st.sampled_from([1, 60, 1 << 20]),
-)
-def test_parity_with_a_loop_over_boxes(seed, boxes_per_image, top_k, gate, anchors, max_pairs):
-    generator = torch.Generator().manual_seed(seed)
-    levels = (Level(6, 8, 8), Level(3, 4, 16), Level(2, 2, 32))
-    count, images, slots = count_positions(levels), len(boxes_per_image), max(boxes_per_image)
-
-    def random_boxes(*shape: int) -> Tensor:
-        corner = torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * 50 - 5
-        size = torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * 40 + 1
-        return torch.cat([corner, corner + size], dim=-1)
-
-    logits = torch.randn(images, count * anchors, 3, generator=generator, dtype=torch.float64)
-    boxes, gt_boxes = random_boxes(images, count * anchors), random_boxes(images, slots)
-    gt_classes = torch.randint(0, 3, (images, slots), generator=generator)
-    gt_valid = torch.arange(slots) < torch.tensor(boxes_per_image)[:, None]
-    maps = importance_maps(
-        logits,
-        boxes,
-        gt_boxes,
-        gt_classes,
-        gt_valid,
-        levels,
-        top_k=top_k,
-        gate=gate,
-        max_pairs=max_pairs,
-    )
-    for found, exponent in zip(maps, (0.8, 0.6), strict=True):
-        expected = loop_over_boxes(
-            logits.sigmoid(), boxes, gt_boxes, gt_classes, gt_valid, levels, exponent, top_k, gate
-        )
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)

@@ -6,10 +6,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_det.bench.measure import peak_bytes
-from kd_det.functional.gaussian_importance import importance_maps
-from kd_det.functional.level_grid import Level, count_positions, grid_positions
+from kd_det.functional.gaussian_importance import ImportanceOptions, importance_maps
+from kd_det.functional.level_grid import Grid, count_positions, grid_positions
 
-LEVELS = (Level(8, 12, 8), Level(4, 6, 16), Level(2, 3, 32), Level(1, 1, 128))
+LEVELS = (Grid(8, 12, 8), Grid(4, 6, 16), Grid(2, 3, 32), Grid(1, 1, 128))
 R = count_positions(LEVELS)
 
 
@@ -37,10 +37,8 @@ class Batch:
             self.gt_classes,
             self.gt_valid,
             LEVELS,
-            top_k=top_k,
-            gate=gate,  # type: ignore[arg-type]
+            ImportanceOptions(top_k=top_k, gate=gate, max_pairs=max_pairs),  # type: ignore[arg-type]
             position_valid=self.position_valid,
-            max_pairs=max_pairs,
         )
 
 
@@ -164,8 +162,8 @@ def test_chunks_bound_what_is_built_at_a_time(gate):
 @pytest.mark.parametrize(("boxes", "anchors"), [(500, 1), (30, 9)])
 def test_crowded_images_need_less_than_300_mb(boxes, anchors):
     """Boxes as large as an image of 800 x 1333 pixels: every position is a candidate of each."""
-    levels = tuple(Level(ceil(832 / s), ceil(1344 / s), s) for s in (8, 16, 32, 64, 128))
-    count = count_positions(levels) * anchors
+    grids = tuple(Grid(ceil(832 / s), ceil(1344 / s), s) for s in (8, 16, 32, 64, 128))
+    count = count_positions(grids) * anchors
     corners = torch.tensor([0.0, 0.0, 1333.0, 800.0])
     arguments = (
         torch.randn(1, count, 1),
@@ -173,7 +171,7 @@ def test_crowded_images_need_less_than_300_mb(boxes, anchors):
         corners.expand(1, boxes, 4),
         torch.zeros(1, boxes, dtype=torch.int64),
         torch.ones(1, boxes, dtype=torch.bool),
-        levels,
+        grids,
     )
     assert peak_bytes(lambda: importance_maps(*arguments), "cpu") < 300e6
 
@@ -187,9 +185,22 @@ def test_errors_name_what_does_not_fit():
     batch.boxes = batch.boxes[:, 1:]
     with pytest.raises(ValueError, match=f"R = {R} positions"):
         batch.maps()
-    with pytest.raises(ValueError, match="'around'"):
-        Batch().maps(gate="around")
     batch = Batch()
     batch.gt_boxes = batch.gt_boxes[:1]
     with pytest.raises(ValueError, match=r"shapes \(1, 5, 4\), \(2, 5\) and \(2, 5\)"):
         batch.maps()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate": "around"}, r"'around'.*'before' or 'after'"),
+        ({"exponents": (0.8, 1.2)}, r"\(0.8, 1.2\)"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"ridge": -1.0}, "ridge is -1"),
+        ({"max_pairs": 0}, "max_pairs is 0"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImportanceOptions(**options)

@@ -6,13 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kd_det.functional.attended_error import channel_attention, compare_features
 from kd_det.functional.pgd import (
     ClassificationTerms,
     classification_terms,
     mean_mask,
     regression_terms,
-    spatial_attention,
 )
 
 LN3 = math.log(3)
@@ -82,26 +80,6 @@ def test_regression_of_two_images_divides_by_the_positions_of_the_batch():
     terms = regression_terms(STUDENT, TEACHER, IMPORTANCE, tau=1.0)
     assert list(terms) == near(0.362085, 0.5)
     assert terms.weighted(gamma=0.128, delta=0.0008) == near(0.0467468)[0]
-
-
-def test_attention_of_a_hand_computed_map():
-    attention = channel_attention(TEACHER[:1], tau=1.0)
-    torch.testing.assert_close(attention[0, :, 0], torch.tensor([[1.5, 1.0], [0.5, 1.0]]))
-    spatial = spatial_attention(TEACHER[:1].abs().mean(1), tau=1.0)
-    torch.testing.assert_close(spatial, torch.tensor([[[1.267949, 0.732051]]]))
-
-
-def test_attention_sums_to_channels_and_positions():
-    features = Scene().student
-    torch.testing.assert_close(
-        channel_attention(features, 0.8).sum(1), torch.full((3, 3, 4), 5.0).double()
-    )
-    valid = torch.ones(3, 3, 4).bool()
-    valid[1, 1:], valid[2] = False, False
-    magnitude = features.abs().mean(1)
-    sums = spatial_attention(magnitude, 0.8, valid).sum((1, 2))
-    assert sums.tolist() == near(12, 4, 0)
-    assert spatial_attention(magnitude, 0.8).sum((1, 2)).tolist() == near(12, 12, 12)
 
 
 def loop_classification(scene: Scene, tau: float) -> list[float]:
@@ -179,48 +157,13 @@ def total(student: Tensor, scene: Scene, valid: Tensor | None = None) -> Tensor:
 
 @pytest.mark.parametrize("block_rows", [3, 1])
 def test_gradients(monkeypatch, block_rows):
-    monkeypatch.setattr(
-        "kd_det.functional.attended_error._rows_per_block", lambda features: block_rows
-    )
+    monkeypatch.setattr("kd_det.functional.attention._rows_per_block", lambda features: block_rows)
     scene = Scene(images=2)
     scene.teacher.requires_grad_()
     student = scene.student.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: total(x, scene), student)
     total(student, scene).backward()
     assert scene.teacher.grad is None
-
-
-def test_gradient_of_the_maps_is_that_of_the_formula():
-    scene = Scene(images=2)
-    student = scene.student.clone().requires_grad_()
-    attention, teacher_attention = (
-        channel_attention_by_formula(f) for f in (student, scene.teacher)
-    )
-    expected = (
-        (teacher_attention * (student - scene.teacher) ** 2).sum(1),
-        (attention - teacher_attention).abs().sum(1),
-        student.abs().mean(1),
-    )
-    weights = torch.rand(3, 2, 3, 4, generator=torch.Generator().manual_seed(1)).double()
-    compared = compare_features(student, scene.teacher, 0.8)
-    losses = [
-        sum((m * w).sum() for m, w in zip(maps, weights, strict=True))
-        for maps in (expected, compared[:3])
-    ]
-    wanted, found = (torch.autograd.grad(loss, student)[0] for loss in losses)
-    torch.testing.assert_close(found, wanted)
-
-
-def channel_attention_by_formula(features: Tensor) -> Tensor:
-    return features.shape[1] * torch.softmax(features.abs() / 0.8, dim=1)
-
-
-def test_zero_features_have_gradient_zero_through_the_absolute_value():
-    student = torch.zeros(1, 2, 1, 1, requires_grad=True)
-    teacher = torch.tensor([0.0, 0.0]).view(1, 2, 1, 1)
-    compared = compare_features(student, teacher, 0.8)
-    compared.student_magnitude.sum().backward()
-    assert student.grad is not None and not student.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -6,6 +6,7 @@ P2..P6 for its half-resolution student, whose parameters carry the same names.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -15,9 +16,11 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from kd_det.compat import head_norm
 from kd_det.modeling.backbones.small_resnet import build_resnet_any_width_backbone
 from kd_det.modeling.backbones.timm_backbone import build_timm_backbone
+from kd_det.modeling.norms import head_norm
+from kd_det.modeling.options import add_keys
+from kd_det.modeling.registering import register_in
 
 _BOTTOM_UPS = {"resnet": build_resnet_any_width_backbone, "timm": build_timm_backbone}
 
@@ -82,7 +85,24 @@ def build_top_block(kind: str, *, c5_channels: int, out_channels: int) -> nn.Mod
     )
 
 
-@BACKBONE_REGISTRY.register()
+def add_backbone_config(cfg: CfgNode) -> None:
+    """
+    Add the keys of BACKBONE.NAME "build_fpn_backbone", beside Detectron2's own MODEL.FPN.*.
+
+    The pyramid starts at the level of IN_FEATURES[0] (res2: P2, res3: P3).
+    """
+    keys: dict[str, Any] = {}
+    # The net below: "resnet" (MODEL.RESNETS.*, any width, also depth 18 and 34) or "timm"
+    # (MODEL.TIMM.*).
+    keys["BOTTOM_UP"] = "resnet"
+    # Levels above P5: "p6p7_c5" (convolutions on C5: RetinaNet, ICCV 2017; MSAD), "p6p7_p5" (on P5:
+    # FCOS, TPAMI 2020), "p6_c5" (P6 alone, for detectors on P2..P6), "maxpool" (P6 subsamples P5:
+    # FPN, CVPR 2017) or "none".
+    keys["TOP_BLOCK"] = "p6p7_c5"
+    add_keys(cfg.MODEL, "FPN", keys)
+
+
+@register_in(BACKBONE_REGISTRY)
 def build_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """
     Build an FPN from MODEL.FPN on the bottom-up net MODEL.FPN.BOTTOM_UP.

@@ -15,12 +15,13 @@ from detectron2.modeling.backbone.resnet import (
     build_resnet_backbone,
 )
 
-from kd_det.compat import head_norm
+from kd_det.modeling.norms import head_norm
+from kd_det.modeling.registering import register_in
 
 _BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
-@BACKBONE_REGISTRY.register()
+@register_in(BACKBONE_REGISTRY)
 def build_resnet_any_width_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """
     Build Detectron2's ResNet from MODEL.RESNETS, also at widths its own builder refuses.

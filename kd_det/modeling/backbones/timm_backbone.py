@@ -14,6 +14,9 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
+from kd_det.modeling.options import add_keys
+from kd_det.modeling.registering import register_in
+
 
 class TimmBackbone(Backbone):
     """
@@ -64,7 +67,20 @@ class TimmBackbone(Backbone):
         return {level: maps[level] for level in self._out_features}
 
 
-@BACKBONE_REGISTRY.register()
+def add_backbone_config(cfg: CfgNode) -> None:
+    """Add MODEL.TIMM."""
+    keys: dict[str, Any] = {}
+    # Model name in timm (extra `kd_det[timm]`).
+    keys["NAME"] = "mobilenetv2_100"
+    # Download timm's ImageNet weights. They take RGB: set INPUT.FORMAT "RGB" and, for most models,
+    # MODEL.PIXEL_MEAN [123.675, 116.28, 103.53] and MODEL.PIXEL_STD [58.395, 57.12, 57.375].
+    keys["PRETRAINED"] = False
+    # Levels the model returns, named by stride: res2 is stride 4, res5 is stride 32.
+    keys["OUT_FEATURES"] = ["res2", "res3", "res4", "res5"]
+    add_keys(cfg.MODEL, "TIMM", keys)
+
+
+@register_in(BACKBONE_REGISTRY)
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """
     Build `TimmBackbone` from MODEL.TIMM.

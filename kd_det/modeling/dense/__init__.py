@@ -1,1 +1,1 @@
-"""Dense detectors that Detectron2 cannot build from yaml, and how dense heads are decoded."""
+"""Dense detectors that Detectron2 cannot build from yaml; each brings its keys and its decoder."""

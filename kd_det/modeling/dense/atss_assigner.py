@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_det.functional.box_overlap import aligned_iou
+from kd_det.functional.boxes import aligned_iou, box_centers, strictly_inside
 
 # Candidates of equal IoU (a box that contains them all) must not fall below their mean by rounding.
 _ROUNDING = 1e-6
@@ -35,11 +35,6 @@ class Positives:
     classes: Tensor
     boxes: Tensor
     anchors: Tensor
-
-
-def box_centers(boxes: Tensor) -> Tensor:
-    """Return the centres (..., 2) of boxes (..., 4)."""
-    return (boxes[..., :2] + boxes[..., 2:]) / 2
 
 
 @torch.no_grad()
@@ -101,7 +96,7 @@ def atss_assign(anchors: Sequence[Tensor], gt_boxes: Tensor, topk: int = 9) -> T
     # candidate alone has none.
     spread = ious.std(dim=0, correction=min(1, len(ious) - 1))
     positive = ious + _ROUNDING >= ious.mean(dim=0) + spread
-    positive &= _strictly_inside(box_centers(boxes[candidates]), gt_boxes)
+    positive &= strictly_inside(box_centers(boxes[candidates]), gt_boxes)
     # A column holds no anchor twice, so the scatter has one value per place.
     overlap = ious.new_full((len(boxes), len(gt_boxes)), -1.0)
     overlap.scatter_(0, candidates, ious.where(positive, -1.0))
@@ -119,8 +114,3 @@ def _nearest_per_level(anchors: Sequence[Tensor], gt_boxes: Tensor, topk: int) -
         found.append(squared.topk(k, dim=0, largest=False).indices + start)
         start += len(level)
     return torch.cat(found)
-
-
-def _strictly_inside(points: Tensor, boxes: Tensor) -> Tensor:
-    inside = (points > boxes[..., :2]) & (points < boxes[..., 2:])
-    return inside.all(dim=-1)

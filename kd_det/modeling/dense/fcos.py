@@ -6,7 +6,7 @@ is registered as meta-architecture "FCOS", and trains on images without any grou
 Detectron2 0.6 cannot match. Everything else, losses and parameter names included, is Detectron2's.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -14,15 +14,54 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos as detectron2_fcos
 from detectron2.structures import Boxes, Instances
 
-from kd_det.compat import head_norm
-from kd_det.functional.distance import at_least_float32
+from kd_det.functional.precision import at_least_float32
 from kd_det.modeling.backbones.fpn import pick_features
+from kd_det.modeling.norms import head_norm
+from kd_det.modeling.options import add_keys
+from kd_det.modeling.registering import register_in
 
 
+@register_in(META_ARCH_REGISTRY)
 class FCOS(detectron2_fcos.FCOS):
     """Detectron2's FCOS with a `from_config`; its arguments are those of Detectron2's class."""
 
+    # See `kd_det.modeling.msad.heads`.
+    assigns_from_anchors: ClassVar[bool] = True
+
     __init__ = configurable(detectron2_fcos.FCOS.__init__)
+
+    @classmethod
+    def add_config(cls, cfg: CfgNode) -> None:
+        """Add MODEL.FCOS. Defaults are those of Detectron2's class and its 1x config."""
+        keys: dict[str, Any] = {}
+        # Object classes, background not counted.
+        keys["NUM_CLASSES"] = 80
+        # Pyramid levels, finest first. An object belongs to the level of stride s where the longest
+        # distance from the position to its sides is 4s to 8s; first and last level are open-ended.
+        keys["IN_FEATURES"] = ["p3", "p4", "p5", "p6", "p7"]
+        # 3x3 convolutions in each of the two towers; their width is that of the pyramid.
+        keys["NUM_CONVS"] = 4
+        # Norm in the towers: "GN" (gcd(32, width) groups), "BN" or "SyncBN" (statistics per level),
+        # "".
+        keys["NORM"] = "GN"
+        # Positions closer to a box's centre than this many strides, in x and y, may be positive.
+        keys["CENTER_SAMPLING_RADIUS"] = 1.5
+        # Focal loss (RetinaNet, ICCV 2017): weight of positives in [0, 1], and focusing exponent.
+        keys["FOCAL_LOSS_ALPHA"] = 0.25
+        keys["FOCAL_LOSS_GAMMA"] = 2.0
+        # Class probability every position starts with.
+        keys["PRIOR_PROB"] = 0.01
+        # Distance in strides from a position to each side of its box that training starts with.
+        # Detectron2's is 0, where the ReLU of its boxes may die: from random weights give 2.
+        keys["BOX_BIAS"] = 0.0
+        # Detections below this score are dropped. The score is sqrt(class * centerness), so 0.2
+        # means the product 0.04.
+        keys["SCORE_THRESH_TEST"] = 0.2
+        # Candidates each level may send to non-maximum suppression.
+        keys["TOPK_CANDIDATES_TEST"] = 1000
+        # IoU above which non-maximum suppression drops the lower-scored box of a class.
+        keys["NMS_THRESH_TEST"] = 0.6
+        add_keys(cfg.MODEL, "FCOS", keys)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -112,8 +151,3 @@ def _with_unmatchable_box(empty: Instances) -> Instances:
         gt_boxes=Boxes(empty.gt_boxes.tensor.new_zeros(1, 4)),
         gt_classes=empty.gt_classes.new_zeros(1),
     )
-
-
-# A later Detectron2 that registers the name itself keeps its own.
-if "FCOS" not in META_ARCH_REGISTRY:
-    META_ARCH_REGISTRY.register(FCOS)

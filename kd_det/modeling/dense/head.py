@@ -4,7 +4,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
 
-from kd_det.compat import head_norm
+from kd_det.modeling.norms import head_norm
 
 
 class DenseHead(RetinaNetHead):

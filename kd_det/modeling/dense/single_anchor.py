@@ -2,23 +2,27 @@
 
 import abc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import batched_nms
 from detectron2.modeling import Backbone, build_backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.functional.distance import at_least_float32
+from kd_det.distillers.predictions import DensePredictions, HeadOutputs, register_decoder
+from kd_det.functional.precision import at_least_float32
 from kd_det.functional.reduce import mean_number_over_processes
 from kd_det.modeling.backbones.fpn import pick_features
 from kd_det.modeling.dense.atss_assigner import Positives, find_positives
+from kd_det.modeling.dense.decoding import decode_levels
 from kd_det.modeling.dense.head import DenseHead
-from kd_det.modeling.dense.inference import InferenceSettings, suppress
+from kd_det.modeling.dense.single_anchor_options import SingleAnchorOptions
+from kd_det.modeling.options import add_keys, defaults_of, read_options
 
 # The loss normaliser of Detectron2's detectors starts here and follows the number of positives.
 _INITIAL_POSITIVES = 100
@@ -28,50 +32,85 @@ class SingleAnchorDetector(DenseDetector, abc.ABC):
     """
     A dense detector with one square anchor per position and the assignment of ATSS.
 
-    Subclasses say how a box is decoded and what the losses are.
+    Subclasses name their options, and say how a box is decoded and what the losses are.
 
     Args:
         backbone: a Detectron2 backbone.
-        head: maps levels to lists of class logits, box outputs and possibly qualities.
-        head_in_features: the pyramid levels the head sees, finest first.
-        num_classes: K.
-        anchor_scale: side of an anchor in units of its level's stride.
+        head: `DenseHead`, or another that maps levels to lists of class logits, box outputs
+            (`options.box_outputs()` each) and, for `with_quality`, qualities.
+        options: as the keys of the detector's node, which say what each is.
+        pixel_mean, pixel_std: per channel, in the order of the input's channels.
         anchor_offset: centre of the first anchor in units of the stride, in [0, 1).
-        assign_topk: candidates per ground-truth box and level.
-        inference: how predictions become detections.
-        pixel_mean: per channel, in the order of the input's channels.
-        pixel_std: per channel.
+        max_detections: detections kept per image.
     """
 
+    options_type: ClassVar[type[SingleAnchorOptions]]
+    with_quality: ClassVar[bool]
+    # See `kd_det.modeling.msad.heads`.
+    assigns_from_anchors: ClassVar[bool] = True
+
+    @configurable
     def __init__(
         self,
         *,
         backbone: Backbone,
         head: nn.Module,
-        head_in_features: list[str],
-        num_classes: int,
-        anchor_scale: float,
-        anchor_offset: float,
-        assign_topk: int,
-        inference: InferenceSettings,
+        options: SingleAnchorOptions,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        anchor_offset: float = 0.0,
+        max_detections: int = 100,
     ) -> None:
         super().__init__(
-            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
+            backbone, head, options.in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
         )
-        self.num_classes = num_classes
-        self.assign_topk = assign_topk
-        self.inference_settings = inference
-        self.anchor_scale = anchor_scale
+        self.options = options
+        self.num_classes = options.num_classes
+        self.max_detections = max_detections
         shapes = backbone.output_shape()
-        strides = [shapes[name].stride for name in head_in_features]
+        strides = [shapes[name].stride for name in options.in_features]
         self.anchor_generator = DefaultAnchorGenerator(
-            sizes=[[anchor_scale * stride] for stride in strides],
+            sizes=[[options.anchor_scale * stride] for stride in strides],
             aspect_ratios=[1.0],
             strides=strides,
             offset=anchor_offset,
         )
+
+    @classmethod
+    def add_config(cls, cfg: CfgNode) -> None:
+        """Add the node of the detector's options to MODEL."""
+        add_keys(cfg.MODEL, cls.options_type.node, defaults_of(cls.options_type))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """
+        Read the arguments of `__init__` from a config; build the backbone and the head.
+
+        Raises:
+            ValueError: an option out of its range, or a level of IN_FEATURES that the backbone
+                lacks.
+        """
+        node = cls.options_type.node
+        options = read_options(cls.options_type, cfg.MODEL[node])
+        backbone = build_backbone(cfg)
+        head = DenseHead(
+            input_shape=pick_features(backbone, options.in_features, f"MODEL.{node}.IN_FEATURES"),
+            num_classes=options.num_classes,
+            num_convs=options.num_convs,
+            norm=options.norm,
+            prior_prob=options.prior_prob,
+            box_outputs=options.box_outputs(),
+            with_quality=cls.with_quality,
+        )
+        return {
+            "backbone": backbone,
+            "head": head,
+            "options": options,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "anchor_offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
 
     @abc.abstractmethod
     def decode_boxes(self, outputs: Tensor, anchors: Tensor) -> Tensor:
@@ -147,7 +186,7 @@ class SingleAnchorDetector(DenseDetector, abc.ABC):
             [level.tensor for level in anchors],
             [instances.gt_boxes.tensor for instances in gt_instances],
             [instances.gt_classes for instances in gt_instances],
-            topk=self.assign_topk,
+            topk=self.options.topk,
         )
 
     def class_targets(self, logits: Tensor, positives: Positives, values: Tensor) -> Tensor:
@@ -172,78 +211,33 @@ class SingleAnchorDetector(DenseDetector, abc.ABC):
                 for level in range(len(anchors))
             ]
             boxes, scores, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
-            results.append(suppress(image_size, boxes, scores, classes, self.inference_settings))
+            keep = batched_nms(boxes, scores, classes, self.options.nms_thresh_test)
+            keep = keep[: self.max_detections]
+            detections = Instances(image_size)
+            detections.pred_boxes = Boxes(boxes[keep])
+            detections.scores, detections.pred_classes = scores[keep], classes[keep]
+            results.append(detections)
         return results
 
     def _detect(self, anchors: Tensor, outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the best candidates of one level of an image: boxes, scores and classes."""
         probabilities = outputs[0].sigmoid()
         scores = self.scores(probabilities, outputs[2] if len(outputs) > 2 else None)
-        position, classes = (probabilities > self.inference_settings.score_thresh).nonzero().T
+        position, classes = (probabilities > self.options.score_thresh_test).nonzero().T
         found = scores[position, classes]
-        scores, best = found.topk(min(self.inference_settings.topk_candidates, len(found)))
+        scores, best = found.topk(min(self.options.topk_candidates_test, len(found)))
         position, classes = position[best], classes[best]
         return self.decode_boxes(outputs[1][position], anchors[position]), scores, classes
 
 
-def shared_arguments(
-    cfg: CfgNode, name: str, *, box_outputs: int, with_quality: bool
-) -> dict[str, Any]:
-    """
-    Read what MODEL.ATSS and MODEL.GFL have in common.
-
-    Args:
-        cfg: the config.
-        name: "ATSS" or "GFL".
-        box_outputs: numbers per position that describe the box.
-        with_quality: whether the head has a quality branch.
-
-    Returns:
-        The arguments of `SingleAnchorDetector.__init__`, the backbone and the head built.
-
-    Raises:
-        ValueError: a level of IN_FEATURES that the backbone lacks, a count below 1, or an anchor
-            without size.
-    """
-    keys = cfg.MODEL[name]
-    backbone = build_backbone(cfg)
-    input_shape = pick_features(backbone, keys.IN_FEATURES, f"MODEL.{name}.IN_FEATURES")
-    for key in ("NUM_CONVS", "TOPK", "REG_MAX"):
-        if key in keys and keys[key] < 1:
-            raise ValueError(f"MODEL.{name}.{key} is {keys[key]}, expected at least 1.")
-    if keys.ANCHOR_SCALE <= 0:
-        raise ValueError(f"MODEL.{name}.ANCHOR_SCALE is {keys.ANCHOR_SCALE}, expected above 0.")
-    head = DenseHead(
-        input_shape=input_shape,
-        num_classes=keys.NUM_CLASSES,
-        num_convs=keys.NUM_CONVS,
-        norm=keys.NORM,
-        prior_prob=keys.PRIOR_PROB,
-        box_outputs=box_outputs,
-        with_quality=with_quality,
-    )
-    inference = InferenceSettings(
-        score_thresh=keys.SCORE_THRESH_TEST,
-        topk_candidates=keys.TOPK_CANDIDATES_TEST,
-        nms_thresh=keys.NMS_THRESH_TEST,
-        max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-    )
-    return {
-        "backbone": backbone,
-        "head": head,
-        "head_in_features": keys.IN_FEATURES,
-        "num_classes": keys.NUM_CLASSES,
-        "anchor_scale": keys.ANCHOR_SCALE,
-        "anchor_offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
-        "assign_topk": keys.TOPK,
-        "inference": inference,
-        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-        "pixel_std": cfg.MODEL.PIXEL_STD,
-    }
+@register_decoder(SingleAnchorDetector)
+def _decode(model: SingleAnchorDetector, head_outputs: HeadOutputs) -> DensePredictions:
+    return decode_levels(model, head_outputs, model.decode_boxes)
 
 
 def _flatten(predictions: Sequence[list[Tensor]]) -> list[list[Tensor]]:
     """Turn (N, D, H, W) of every output and level into (N, H * W, D), at least float32."""
     return [
-        [at_least_float32(x).flatten(2).transpose(1, 2) for x in levels] for levels in predictions
+        [permute_to_N_HWA_K(at_least_float32(x), x.shape[1]) for x in levels]
+        for levels in predictions
     ]

@@ -13,27 +13,89 @@ e.g. p3..p7 (a two-stage detector's too: strides 8..128 in every branch), and it
 reduced view's, e.g. p2..p6. A ResNet's FPN starts at p2, so with k = 4 the full view starts at p4.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from kd_det.functional.resize import INTERPOLATIONS, reduce_image
-from kd_det.modeling.msad.fpn import LevelSelectingFPN
+from kd_det.modeling.msad.fpn import LevelSelectingFPN, paired_levels
 from kd_det.modeling.msad.fusion import build_fusion
 from kd_det.modeling.msad.heads import heads_of
 from kd_det.modeling.msad.split_bn import split_statistics, state_of, statistics_of
+from kd_det.modeling.options import add_keys, defaults_of, read_options
+from kd_det.modeling.registering import register_in
 
 BRANCHES = ("high", "low", "fused")
 
 
-@META_ARCH_REGISTRY.register()
+@dataclass(frozen=True, kw_only=True)
+class AlignedOptions:
+    """
+    Keys of MODEL.ALIGNED: AlignedMultiScaleDetector, MSAD's teacher (CVPR 2021).
+
+    The wrapped detector's IN_FEATURES name the full view's levels (p3..p7 at FACTOR 2, RPN's and
+    ROI_HEADS' too); the FPN must also have those that the reduced view needs (p2..p6).
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    # The wrapped detector, built from this same config: a dense detector or GeneralizedRCNN.
+    meta_architecture: str = "FCOS"
+    # Sides of the reduced view are the full view's divided by this; a power of two, MSAD: 2. At 4 a
+    # ResNet's full view starts at p4.
+    factor: int = 2
+    # How the reduced view is computed from the normalised, padded batch: "nearest" (MSAD's code:
+    # pixels 0, 2, 4, ...), "bilinear" (antialiased) or "area".
+    interpolation: str = "nearest"
+    # Blend of the two pyramids: "cff" (MSAD's crossing feature-level fusion) or "mean".
+    fusion: str = "cff"
+    # Input units of cff's gate per hidden unit (MSAD: 16).
+    fusion_reduction: int = 16
+    # Weights of the detection losses of the branches high, low and fused (MSAD: 1, 1, 0.4).
+    loss_weights: list[float] = field(default_factory=lambda: [1.0, 1.0, 0.4])
+    # Branch whose detections evaluation returns: "fused" (as published), "high" or "low". The
+    # latter two run one view alone.
+    eval_branch: str = "fused"
+    # BatchNorm keeps running statistics per branch, affine parameters shared. MSAD shares both, so
+    # that evaluation uses a blend of the statistics of two resolutions.
+    split_bn: bool = False
+    # Leave the padded area of batched images out of cff's pooling (MSAD pools over all of it).
+    mask_padding: bool = False
+
+    def __post_init__(self) -> None:
+        weights = list(self.loss_weights)
+        if self.eval_branch not in BRANCHES or len(weights) != len(BRANCHES):
+            raise ValueError(
+                f"The branches are {', '.join(BRANCHES)}; found MODEL.ALIGNED.EVAL_BRANCH "
+                f"{self.eval_branch!r} and LOSS_WEIGHTS {weights}."
+            )
+        if any(not isinstance(w, (int, float)) or w < 0 for w in weights) or not sum(weights):
+            raise ValueError(
+                f"MODEL.ALIGNED.LOSS_WEIGHTS is {weights}; expected numbers >= 0, at least one of "
+                "them above."
+            )
+        if self.mask_padding and self.fusion != "cff":
+            raise ValueError(
+                f"MODEL.ALIGNED.MASK_PADDING is True, but FUSION {self.fusion!r} pools nothing; "
+                "set it False, or FUSION to 'cff'."
+            )
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"MODEL.ALIGNED.INTERPOLATION is {self.interpolation!r}; choose one of "
+                f"{', '.join(INTERPOLATIONS)}."
+            )
+
+
+@register_in(META_ARCH_REGISTRY)
 class AlignedMultiScaleDetector(nn.Module):
     """
     Trains a detector on the full view, the reduced view and a blend of their pyramids.
@@ -46,82 +108,50 @@ class AlignedMultiScaleDetector(nn.Module):
 
     @configurable
     def __init__(
-        self,
-        *,
-        detector: Any,
-        factor: int,
-        interpolation: str,
-        fusion: str,
-        fusion_reduction: int,
-        loss_weights: Sequence[float],
-        eval_branch: str,
-        split_bn: bool,
-        mask_padding: bool,
+        self, *, detector: DenseDetector | GeneralizedRCNN, options: AlignedOptions
     ) -> None:
         """
         Wrap a detector.
 
         Args:
-            detector: a `DenseDetector` or `GeneralizedRCNN` with an FPN, changed in place.
-            factor: k, the reduction of the image's sides; a power of two, at least 2.
-            interpolation: of the reduction: "nearest" (the authors'), "bilinear" or "area".
-            fusion: "cff" or "mean".
-            fusion_reduction: of the hidden layer of "cff".
-            loss_weights: of the branches high, low and fused.
-            eval_branch: which branch's boxes evaluation returns.
-            split_bn: whether the branches have BatchNorm statistics of their own.
-            mask_padding: whether padding stays out of the pooling of "cff".
+            detector: with an FPN; changed in place.
+            options: as the keys of MODEL.ALIGNED, which say what each is.
 
         Raises:
             ValueError: an option out of its range, or a level that the FPN lacks.
             TypeError: a detector or a backbone of another kind.
         """
         super().__init__()
-        if eval_branch not in BRANCHES or len(loss_weights) != len(BRANCHES):
-            raise ValueError(
-                f"The branches are {', '.join(BRANCHES)}; found MODEL.ALIGNED.EVAL_BRANCH "
-                f"{eval_branch!r} and LOSS_WEIGHTS {list(loss_weights)}."
-            )
-        if any(not isinstance(w, (int, float)) or w < 0 for w in loss_weights) or not sum(
-            loss_weights
-        ):
-            raise ValueError(
-                f"MODEL.ALIGNED.LOSS_WEIGHTS is {list(loss_weights)}; expected numbers >= 0, at "
-                "least one of them above."
-            )
-        if mask_padding and fusion != "cff":
-            raise ValueError(
-                f"MODEL.ALIGNED.MASK_PADDING is True, but FUSION {fusion!r} pools nothing; set it "
-                "False, or FUSION to 'cff'."
-            )
-        if interpolation not in INTERPOLATIONS:
-            raise ValueError(
-                f"MODEL.ALIGNED.INTERPOLATION is {interpolation!r}; choose one of "
-                f"{', '.join(INTERPOLATIONS)}."
-            )
         self._heads = heads_of(detector)
         fpn = detector.backbone
         shapes = fpn.output_shape()
-        high, low = paired_levels(shapes, self._heads.levels(), factor)
+        high, low = paired_levels(shapes, self._heads.levels(), options.factor)
         # Sides that are a multiple of the FPN's own divisor after the reduction, too.
-        detector.backbone = LevelSelectingFPN(fpn, fpn.size_divisibility * factor)
+        detector.backbone = LevelSelectingFPN(fpn, fpn.size_divisibility * options.factor)
         self.detector = detector
-        self.fusion = build_fusion(fusion, shapes[high[0]].channels, 2, fusion_reduction)
+        self.fusion = build_fusion(
+            options.fusion, shapes[high[0]].channels, options.fusion_reduction
+        )
         self.branch_levels = {"high": high, "low": low}
         self.strides = [shapes[level].stride for level in high]
-        self.factor = factor
-        self.interpolation = interpolation
-        self.loss_weights = dict(zip(BRANCHES, loss_weights, strict=True))
-        self.eval_branch = eval_branch
-        self.mask_padding = mask_padding
-        if split_bn:
+        self.factor = options.factor
+        self.interpolation = options.interpolation
+        self.loss_weights = dict(zip(BRANCHES, options.loss_weights, strict=True))
+        self.eval_branch = options.eval_branch
+        self.mask_padding = options.mask_padding
+        if options.split_bn:
             self._split_bn()
+
+    @classmethod
+    def add_config(cls, cfg: CfgNode) -> None:
+        """Add MODEL.ALIGNED."""
+        add_keys(cfg.MODEL, "ALIGNED", defaults_of(AlignedOptions))
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Build the wrapped detector from the same config, by its own name."""
-        options = cfg.MODEL.ALIGNED
-        if options.META_ARCHITECTURE == cls.__name__:
+        options = read_options(AlignedOptions, cfg.MODEL.ALIGNED)
+        if options.meta_architecture == cls.__name__:
             raise ValueError(
                 f"MODEL.ALIGNED.META_ARCHITECTURE is {cls.__name__} itself; name the detector to "
                 "wrap, e.g. RetinaNet."
@@ -137,17 +167,23 @@ class AlignedMultiScaleDetector(nn.Module):
                 f"VIS_PERIOD is {cfg.VIS_PERIOD}, but a {cls.__name__} draws no training images; "
                 "set it 0."
             )
-        return {
-            "detector": META_ARCH_REGISTRY.get(options.META_ARCHITECTURE)(cfg),
-            "factor": options.FACTOR,
-            "interpolation": options.INTERPOLATION,
-            "fusion": options.FUSION,
-            "fusion_reduction": options.FUSION_REDUCTION,
-            "loss_weights": options.LOSS_WEIGHTS,
-            "eval_branch": options.EVAL_BRANCH,
-            "split_bn": options.SPLIT_BN,
-            "mask_padding": options.MASK_PADDING,
-        }
+        detector = META_ARCH_REGISTRY.get(options.meta_architecture)(cfg)
+        return {"detector": detector, "options": options}
+
+    @property
+    def num_classes(self) -> int:
+        """Object classes of the wrapped detector, background not counted."""
+        return self._heads.num_classes()
+
+    def expected_view(self) -> tuple[float, str]:
+        """
+        Say which view a student of this teacher should see.
+
+        Returns:
+            The factor by which the sides of the image are divided, and the interpolation: those of
+            the reduced view that the low branch learned on.
+        """
+        return float(self.factor), self.interpolation
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """
@@ -199,7 +235,7 @@ class AlignedMultiScaleDetector(nn.Module):
         maps = {view: self._view(images.tensor, view) for view in views}
         if "fused" in branches:
             sizes = images.image_sizes if self.mask_padding else None
-            maps["fused"] = self.fusion([maps["high"], maps["low"]], self.strides, sizes)
+            maps["fused"] = self.fusion(maps["high"], maps["low"], self.strides, sizes)
         names = self.branch_levels["high"]
         return {branch: dict(zip(names, maps[branch], strict=True)) for branch in branches}
 
@@ -219,37 +255,3 @@ class AlignedMultiScaleDetector(nn.Module):
         for name, child in self.detector.named_children():
             if name != "backbone":
                 split_statistics(child, "fused")
-
-
-def paired_levels(
-    shapes: Mapping[str, ShapeSpec], levels: Iterable[str], factor: int
-) -> tuple[list[str], list[str]]:
-    """
-    Pair pyramid levels of the full view with those of a view reduced by a factor.
-
-    Args:
-        shapes: all levels of the backbone, with strides in the pixels of the view it is run on.
-        levels: those that the heads read in the full view.
-        factor: a power of two, at least 2.
-
-    Returns:
-        The levels of the full view and those of the reduced view on the same grids; fine to coarse.
-
-    Raises:
-        ValueError: another factor, or a reduced view that needs a level the backbone lacks.
-    """
-    if factor < 2 or factor & (factor - 1):
-        raise ValueError(f"MODEL.ALIGNED.FACTOR must be 2, 4, 8, ..., found {factor}.")
-    high = sorted(levels, key=lambda level: shapes[level].stride)
-    by_stride = {shape.stride: level for level, shape in shapes.items()}
-    missing = [level for level in high if shapes[level].stride / factor not in by_stride]
-    if missing:
-        wanted = ", ".join(f"{shapes[level].stride / factor:g}" for level in missing)
-        present = ", ".join(f"{level} (stride {stride})" for stride, level in by_stride.items())
-        raise ValueError(
-            f"The heads read {', '.join(high)} of the full view. In the view reduced by {factor} "
-            f"the partners of {', '.join(missing)} have stride {wanted}, but the backbone has "
-            f"{present}. Let IN_FEATURES of the heads start at stride {min(by_stride) * factor}, "
-            "or give the FPN finer levels (MODEL.FPN.IN_FEATURES, MODEL.RESNETS.OUT_FEATURES)."
-        )
-    return high, [by_stride[shapes[level].stride // factor] for level in high]

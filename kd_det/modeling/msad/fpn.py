@@ -1,6 +1,6 @@
-"""An FPN that computes only the wanted levels, for detectors that see several resolutions."""
+"""Pyramids of several resolutions: which levels pair, and an FPN that computes no others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import FPN, Backbone
@@ -38,10 +38,20 @@ class LevelSelectingFPN(Backbone):
             self.add_module(name, child)
         self._shape: dict[str, ShapeSpec] = fpn.output_shape()
         self._divisibility = size_divisibility
-        self._average = fpn._fuse_type == "avg"
         names = list(self._shape)
-        self._laterals = dict(zip(names, fpn.in_features, strict=False))
-        self._extras = names[len(self._laterals) :]
+        # From coarse to fine, as the FPN lists its convolutions: level, map below, convolutions.
+        self._path = list(
+            zip(
+                reversed(names[: len(fpn.in_features)]),
+                reversed(fpn.in_features),
+                fpn.lateral_convs,
+                fpn.output_convs,
+                strict=True,
+            )
+        )
+        self._extras = names[len(fpn.in_features) :]
+        # The one thing that an FPN tells nobody: whether levels are summed or averaged.
+        self._average = fpn._fuse_type == "avg"
 
     @property
     def size_divisibility(self) -> int:
@@ -84,19 +94,19 @@ class LevelSelectingFPN(Backbone):
     def _top_down(self, bottom_up: dict[str, Tensor], needed: set[str]) -> dict[str, Tensor]:
         """Return the needed lateral levels; the path goes no further down than the finest."""
         results: dict[str, Tensor] = {}
-        remaining = needed & set(self._laterals)
+        remaining = needed & {level for level, *_ in self._path}
         path: Tensor | None = None
-        for level, feature in reversed(self._laterals.items()):
+        for level, feature, lateral_conv, output_conv in self._path:
             if not remaining:
                 break
-            lateral = self.get_submodule(f"fpn_lateral{level[1:]}")(bottom_up[feature])
+            lateral = lateral_conv(bottom_up[feature])
             if path is None:
                 path = lateral
             else:
                 path = lateral + F.interpolate(path, scale_factor=2.0, mode="nearest")
                 path = path / 2 if self._average else path
             if level in remaining:
-                results[level] = self.get_submodule(f"fpn_output{level[1:]}")(path)
+                results[level] = output_conv(path)
                 remaining.remove(level)
         return results
 
@@ -105,3 +115,37 @@ class LevelSelectingFPN(Backbone):
         if isinstance(self.top_block, LastLevelP6P7) and list(wanted) == self._extras[:1]:
             return {self._extras[0]: self.top_block.p6(source)}
         return dict(zip(self._extras, self.top_block(source), strict=True))
+
+
+def paired_levels(
+    shapes: Mapping[str, ShapeSpec], levels: Iterable[str], factor: int
+) -> tuple[list[str], list[str]]:
+    """
+    Pair pyramid levels of the full view with those of a view reduced by a factor.
+
+    Args:
+        shapes: all levels of the backbone, with strides in the pixels of the view it is run on.
+        levels: those that the heads read in the full view.
+        factor: a power of two, at least 2.
+
+    Returns:
+        The levels of the full view and those of the reduced view on the same grids; fine to coarse.
+
+    Raises:
+        ValueError: another factor, or a reduced view that needs a level the backbone lacks.
+    """
+    if factor < 2 or factor & (factor - 1):
+        raise ValueError(f"MODEL.ALIGNED.FACTOR must be 2, 4, 8, ..., found {factor}.")
+    high = sorted(levels, key=lambda level: shapes[level].stride)
+    by_stride = {shape.stride: level for level, shape in shapes.items()}
+    missing = [level for level in high if shapes[level].stride / factor not in by_stride]
+    if missing:
+        wanted = ", ".join(f"{shapes[level].stride / factor:g}" for level in missing)
+        present = ", ".join(f"{level} (stride {stride})" for stride, level in by_stride.items())
+        raise ValueError(
+            f"The heads read {', '.join(high)} of the full view. In the view reduced by {factor} "
+            f"the partners of {', '.join(missing)} have stride {wanted}, but the backbone has "
+            f"{present}. Let IN_FEATURES of the heads start at stride {min(by_stride) * factor}, "
+            "or give the FPN finer levels (MODEL.FPN.IN_FEATURES, MODEL.RESNETS.OUT_FEATURES)."
+        )
+    return high, [by_stride[shapes[level].stride // factor] for level in high]

@@ -1,14 +1,30 @@
-"""The part of a detector behind its backbone, run on pyramids from elsewhere."""
+"""
+The part of a detector behind its backbone, run on pyramids from elsewhere.
+
+The branches of an aligned detector share their targets: same grids, same anchors, same ground
+truth. That holds for detectors whose assignment reads nothing else, and not for those that assign
+by their predictions. A dense detector says so with a class attribute,
+
+    assigns_from_anchors: ClassVar[bool] = True
+
+for its own `label_anchors(anchors, gt_instances)` and `forward_training`; a subclass that overrides
+one of the two says it again. Detectron2's RetinaNet and FCOS, which cannot say it, are known here.
+"""
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import ImageList, Instances
+from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
+
+_ASSIGN_FROM_ANCHORS = (RetinaNet, FCOS)
 
 
 class Heads(Protocol):
@@ -16,6 +32,9 @@ class Heads(Protocol):
 
     def levels(self) -> set[str]:
         """Names of the pyramid levels it reads."""
+
+    def num_classes(self) -> int:
+        """Number of object classes, background not counted."""
 
     def losses(
         self, images: ImageList, pyramid: dict[str, Tensor], targets: list[Instances]
@@ -33,11 +52,23 @@ class DenseHeads:
     """Heads of RetinaNet, FCOS, ATSS, GFL and every other `DenseDetector`."""
 
     def __init__(self, detector: DenseDetector) -> None:
+        if not assigns_from_anchors(type(detector)):
+            name = type(detector).__name__
+            raise TypeError(
+                f"MODEL.ALIGNED.META_ARCHITECTURE names a {name}, which does not say that it "
+                "assigns ground truth by its anchors alone. The branches share one assignment; if "
+                f"{name}.label_anchors reads no predictions, give the class the attribute "
+                "assigns_from_anchors = True, else choose another detector."
+            )
         self._detector = detector
 
     def levels(self) -> set[str]:
         """See `Heads`."""
         return set(self._detector.head_in_features)
+
+    def num_classes(self) -> int:
+        """See `Heads`."""
+        return int(self._detector.num_classes)
 
     def losses(
         self, images: ImageList, pyramid: dict[str, Tensor], targets: list[Instances]
@@ -60,7 +91,10 @@ class DenseHeads:
         Without this, three passes over the same positives would move the normaliser with an
         effective momentum of 0.9 ** 3, and each branch's losses would have another divisor.
         """
-        with _once(self._detector, "label_anchors"), _once(self._detector, "_ema_update"):
+        with (
+            _remembered(self._detector, "label_anchors", _same_targets),
+            _remembered(self._detector, "_ema_update", _same_average),
+        ):
             yield
 
 
@@ -73,6 +107,12 @@ class TwoStageHeads:
                 "An aligned detector needs its own proposals, found MODEL.PROPOSAL_GENERATOR.NAME "
                 "'PrecomputedProposals'; choose 'RPN'."
             )
+        if not isinstance(detector.proposal_generator, RPN):
+            raise TypeError(
+                f"MODEL.PROPOSAL_GENERATOR.NAME is {type(detector.proposal_generator).__name__}, "
+                "but the branches of an aligned detector share the anchors that an RPN samples; "
+                "choose 'RPN'."
+            )
         self._detector = detector
 
     def levels(self) -> set[str]:
@@ -81,6 +121,10 @@ class TwoStageHeads:
         optional = ("mask_in_features", "keypoint_in_features")
         found = [*self._detector.proposal_generator.in_features, *heads.in_features]
         return set(found).union(*(getattr(heads, name, None) or () for name in optional))
+
+    def num_classes(self) -> int:
+        """See `Heads`."""
+        return int(self._detector.roi_heads.num_classes)
 
     def losses(
         self, images: ImageList, pyramid: dict[str, Tensor], targets: list[Instances]
@@ -99,7 +143,8 @@ class TwoStageHeads:
     @contextlib.contextmanager
     def same_targets(self) -> Iterator[None]:
         """Match and sample the anchors of the region proposal network once."""
-        with _once(self._detector.proposal_generator, "label_and_sample_anchors"):
+        proposals = self._detector.proposal_generator
+        with _remembered(proposals, "label_and_sample_anchors", _same_targets):
             yield
 
 
@@ -121,26 +166,51 @@ def heads_of(detector: nn.Module) -> Heads:
     )
 
 
-@contextlib.contextmanager
-def _once(owner: nn.Module, method: str) -> Iterator[None]:
+def assigns_from_anchors(detector: type[nn.Module]) -> bool:
     """
-    Inside, the first result of a method of `owner` is the result of its later calls, too.
+    Tell whether a dense detector declares that it assigns by its anchors alone.
 
-    A method whose first argument is a string, a name, has one result per name.
+    A declaration is void for a subclass with a `label_anchors` or `forward_training` of its own.
     """
+    for cls in detector.__mro__:
+        known = cls in _ASSIGN_FROM_ANCHORS
+        if not known and "assigns_from_anchors" not in vars(cls):
+            continue
+        methods = ("label_anchors", "forward_training")
+        unchanged = all(getattr(detector, name) is getattr(cls, name) for name in methods)
+        return unchanged and (known or bool(vars(cls)["assigns_from_anchors"]))
+    return False
+
+
+def _same_targets(anchors: list[Boxes], gt_instances: list[Instances]) -> Hashable:
+    """Grids of the same sizes and the same ground truth objects."""
+    return tuple(len(level) for level in anchors), tuple(map(id, gt_instances))
+
+
+def _same_average(name: str, *args: Any, **kwargs: Any) -> Hashable:
+    """The moving average of that name."""
+    return name
+
+
+@contextlib.contextmanager
+def _remembered(owner: nn.Module, method: str, key: Callable[..., Hashable]) -> Iterator[None]:
+    """Inside, calls of a method of `owner` with equal keys return what the first one returned."""
     compute: Callable[..., Any] = getattr(owner, method)
-    results: dict[str, Any] = {}
+    results: dict[Hashable, Any] = {}
 
     @functools.wraps(compute)
     def first_result(*args: Any, **kwargs: Any) -> Any:
-        name = args[0] if args and isinstance(args[0], str) else ""
+        name = key(*args, **kwargs)
         if name not in results:
             results[name] = compute(*args, **kwargs)
         return results[name]
 
-    # On the instance, in front of the class's method.
-    owner.__dict__[method] = first_result
+    # On the instance, in front of the class's method and of what another caller put there.
+    before = vars(owner).get(method)
+    vars(owner)[method] = first_result
     try:
         yield
     finally:
-        del owner.__dict__[method]
+        del vars(owner)[method]
+        if before is not None:
+            vars(owner)[method] = before

@@ -11,8 +11,8 @@ from detectron2.modeling import Backbone, build_backbone
 from torch import nn
 
 import kd_det.modeling  # noqa: F401
-from kd_det.compat import GroupNorm
 from kd_det.config import add_kd_config
+from kd_det.modeling.norms import GroupNorm
 
 FROM_RES2 = ["res2", "res3", "res4", "res5"]
 FROM_RES3 = FROM_RES2[1:]

@@ -1,6 +1,7 @@
 """ATSS: assignment by hand and against a loop, losses by hand, empty images, learning."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from detectron2.structures import pairwise_iou
 from tiny_dense import CLASSES, build_tiny, losses_of, make_image, no_objects, overfit, two_images
 from torch import Tensor
 
-from kd_det.modeling.dense.atss import centerness
 from kd_det.modeling.dense.atss_assigner import Positives, atss_assign, find_positives
 
 LN2 = math.log(2)
@@ -138,13 +138,6 @@ def test_positives_of_a_batch() -> None:
     assert torch.equal(found.anchors, torch.stack([COARSE[1], FINE[0]]))
 
 
-def test_centerness_by_hand() -> None:
-    # Point (1, 3) in [0, 0, 4, 4]: sqrt(1/3 * 1/3); the middle; a side.
-    points = torch.tensor([[1.0, 3], [2, 2], [4, 2]])
-    value = centerness(points, torch.tensor([[0.0, 0, 4, 4]]).expand(3, 4))
-    torch.testing.assert_close(value, torch.tensor([1 / 3, 1.0, 0.0]))
-
-
 # Two positives of two anchors. Zero box outputs decode to the anchor [0, 0, 8, 8] itself.
 TWO = Positives(
     index=torch.tensor([0, 1]),
@@ -167,15 +160,34 @@ def test_losses_with_centerness_by_hand() -> None:
     assert losses["loss_atss_quality"].item() == pytest.approx(2 * LN2 / 2)
 
 
-def test_losses_with_iou_by_hand() -> None:
+@pytest.mark.parametrize(
+    ("branch", "loc"), [("iou", (0 + 0.5) / 2), ("iou_weighted", (0 + 0.5 * 0.5) / 1.5)]
+)
+def test_losses_with_iou_by_hand(branch: str, loc: float) -> None:
     quality = torch.full((2, 1), math.log(3))  # 3/4
     flat = [torch.zeros(2, 2), torch.zeros(2, 4), quality]
-    losses = build_tiny("atss", "MODEL.ATSS.QUALITY_BRANCH", "iou").losses(flat, TWO, 1.0)
-    # IoU targets 1 and 1/2.
-    assert losses["loss_atss_loc"].item() == pytest.approx(2 * (0.5 * 0.5) / 1.5)
+    losses = build_tiny("atss", "MODEL.ATSS.QUALITY_BRANCH", branch).losses(flat, TWO, 1.0)
+    # IoU targets 1 and 1/2; 1 - GIoU is 0 and 1/2.
+    assert losses["loss_atss_loc"].item() == pytest.approx(2 * loc)
     right, wrong = -math.log(3 / 4), -math.log(1 / 4)
     expected = right + (0.5 * right + 0.5 * wrong)
     assert losses["loss_atss_quality"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("branch", "share"), [("iou", 1 / 2), ("iou_weighted", 1 / 17)])
+def test_a_badly_placed_box_moves_as_much_as_a_good_one(branch: str, share: float) -> None:
+    # IoU 1, and a box of 8 x 8 in the middle of one of 32 x 32: IoU = GIoU = w h / 1024 = 1/16.
+    positives = replace(TWO, boxes=torch.tensor([[0.0, 0, 8, 8], [-12, -12, 20, 20]]))
+    outputs = torch.zeros(2, 4, requires_grad=True)
+    model = build_tiny("atss", "MODEL.ATSS.QUALITY_BRANCH", branch)
+    flat = [torch.zeros(2, 2), outputs, torch.zeros(2, 1)]
+    loss = model.losses(flat, positives, 1.0)["loss_atss_loc"]
+    assert loss.item() == pytest.approx(2 * share * 15 / 16)
+    loss.backward()
+    assert outputs.grad is not None
+    # w = 8 exp(dw / 5), so dIoU / d(dw) = IoU / 5; nothing pulls at the centre.
+    gradient = -2 * share * (1 / 16) / 5
+    assert outputs.grad[1].tolist() == pytest.approx([0, 0, gradient, gradient], abs=1e-7)
 
 
 def test_registered_and_named_like_retinanet() -> None:
@@ -201,7 +213,7 @@ def test_each_level_has_its_own_scale() -> None:
 
 
 @pytest.mark.parametrize("batch", [[no_objects()], [no_objects(), two_images()[0]]])
-@pytest.mark.parametrize("branch", ["centerness", "iou"])
+@pytest.mark.parametrize("branch", ["centerness", "iou", "iou_weighted"])
 def test_images_without_objects(batch: list[dict], branch: str) -> None:
     model = build_tiny("atss", "MODEL.ATSS.QUALITY_BRANCH", branch)
     losses = losses_of(model, batch)
@@ -253,7 +265,7 @@ def test_learns_two_images() -> None:
 
 def test_unknown_quality_branch() -> None:
     with pytest.raises(
-        ValueError, match=r"QUALITY_BRANCH is 'ctr', expected one of centerness, iou"
+        ValueError, match=r"QUALITY_BRANCH is 'ctr', expected one of centerness, iou, iou_weighted"
     ):
         build_tiny("atss", "MODEL.ATSS.QUALITY_BRANCH", "ctr")
 

@@ -14,8 +14,8 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn import sigmoid_focal_loss
 
 import kd_det.modeling  # noqa: F401
-from kd_det.compat import GroupNorm
 from kd_det.config import add_kd_config
+from kd_det.modeling.norms import GroupNorm
 
 CLASSES = 3
 

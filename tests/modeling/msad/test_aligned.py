@@ -198,4 +198,11 @@ def test_masked_pooling_gets_the_sizes_without_padding() -> None:
     for masked, sizes in ((False, None), (True, [(61, 100), (80, 57)])):
         model = aligned("RetinaNet", MASK_PADDING=masked)
         ((inputs, _),) = calls_of(model.fusion, lambda: model(batch()))  # noqa: B023
-        assert inputs[1:] == ([8, 16, 32, 64, 128], sizes)
+        assert inputs[2:] == ([8, 16, 32, 64, 128], sizes)
+
+
+@pytest.mark.parametrize("name", ["FCOS", "GFL", "Faster"])
+def test_says_its_classes_and_the_view_it_expects(name: str) -> None:
+    model = aligned(name, INTERPOLATION="area")
+    assert model.num_classes == 3
+    assert model.expected_view() == (2.0, "area")

@@ -12,8 +12,8 @@ from tiny_aligned import HIGH, LOW, aligned, batch, detector_cfg
 from tiny_runs import calls_of
 
 import kd_det.modeling  # noqa: F401
-from kd_det.modeling.msad.aligned import BRANCHES, paired_levels
-from kd_det.modeling.msad.fpn import LevelSelectingFPN
+from kd_det.modeling.msad.aligned import BRANCHES
+from kd_det.modeling.msad.fpn import LevelSelectingFPN, paired_levels
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ from kd_det.modeling.msad.fusion import CrossingFeatureFusion, MeanFusion, build
 STRIDES = [8, 16]
 
 
-def pyramids(n: int = 2, images: int = 3, channels: int = 8) -> list[list[Tensor]]:
+def pyramids(images: int = 3, channels: int = 8) -> list[list[Tensor]]:
     return [
         [torch.randn(images, channels, 6, 10) + i, torch.randn(images, channels, 3, 5) - i]
-        for i in range(n)
+        for i in range(2)
     ]
 
 
@@ -35,11 +35,10 @@ def slow_fusion(fusion: CrossingFeatureFusion, inputs: list[list[Tensor]]) -> li
     return out
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_equals_the_formula_written_as_loops(n: int) -> None:
-    fusion = CrossingFeatureFusion(channels=8, num_inputs=n, reduction=2)
-    inputs = pyramids(n)
-    torch.testing.assert_close(fusion(inputs, STRIDES), slow_fusion(fusion, inputs))
+def test_equals_the_formula_written_as_loops() -> None:
+    fusion = CrossingFeatureFusion(channels=8, reduction=2)
+    inputs = pyramids()
+    torch.testing.assert_close(fusion(*inputs, STRIDES), slow_fusion(fusion, inputs))
 
 
 def test_has_the_published_size() -> None:
@@ -51,18 +50,18 @@ def test_has_the_published_size() -> None:
 def test_weights_are_convex_and_of_each_image() -> None:
     fusion = CrossingFeatureFusion(channels=8, reduction=1)
     maps = [x[0] for x in pyramids()]
-    weights = fusion.weights(maps, 8)
+    weights = fusion.weights(*maps, 8)
     torch.testing.assert_close(weights.sum(1), torch.ones(3))
     assert (weights > 0).all()
     assert (weights[0] - weights[1]).abs().max() > 1e-3
-    alone = torch.cat([fusion.weights([x[i : i + 1] for x in maps], 8) for i in range(3)])
+    alone = torch.cat([fusion.weights(*(x[i : i + 1] for x in maps), 8) for i in range(3)])
     torch.testing.assert_close(weights, alone)
 
 
 def test_is_the_identity_on_equal_pyramids() -> None:
-    (pyramid,) = pyramids(1)
+    pyramid, _ = pyramids()
     for fusion in (CrossingFeatureFusion(channels=8), MeanFusion()):
-        torch.testing.assert_close(fusion([pyramid, pyramid], STRIDES), pyramid)
+        torch.testing.assert_close(fusion(pyramid, pyramid, STRIDES), pyramid)
 
 
 def test_masked_pooling_ignores_the_padding() -> None:
@@ -70,45 +69,46 @@ def test_masked_pooling_ignores_the_padding() -> None:
     fusion = CrossingFeatureFusion(channels=4, reduction=1)
     maps = [torch.randn(2, 4, 6, 10), torch.randn(2, 4, 6, 10)]
     sizes = [(17, 33), (48, 80)]
-    weights = fusion.weights(maps, 8, sizes)
-    cropped = fusion.weights([x[:1, :, :3, :5] for x in maps], 8)
+    weights = fusion.weights(*maps, 8, sizes)
+    cropped = fusion.weights(*(x[:1, :, :3, :5] for x in maps), 8)
     torch.testing.assert_close(weights[:1], cropped)
-    torch.testing.assert_close(weights[1:], fusion.weights([x[1:] for x in maps], 8))
-    assert (weights[0] - fusion.weights(maps, 8)[0]).abs().max() > 1e-3
+    torch.testing.assert_close(weights[1:], fusion.weights(*(x[1:] for x in maps), 8))
+    assert (weights[0] - fusion.weights(*maps, 8)[0]).abs().max() > 1e-3
 
 
 def test_gradients() -> None:
     fusion = CrossingFeatureFusion(channels=2, reduction=1).double()
     a, b = (torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     sizes = [(20, 32), (24, 9)]
-    assert torch.autograd.gradcheck(lambda *x: fusion([[x[0]], [x[1]]], [8], sizes)[0], (a, b))
+    assert torch.autograd.gradcheck(lambda *x: fusion([x[0]], [x[1]], [8], sizes)[0], (a, b))
 
 
 def test_autocast_keeps_weights_in_float32() -> None:
     fusion = CrossingFeatureFusion(channels=8)
     inputs = [[x.bfloat16() for x in pyramid] for pyramid in pyramids()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        weights = fusion.weights([x[0] for x in inputs], 8)
-        fused = fusion(inputs, STRIDES)
+        weights = fusion.weights(*(x[0] for x in inputs), 8)
+        fused = fusion(*inputs, STRIDES)
     assert weights.dtype == torch.float32
-    torch.testing.assert_close(weights, fusion.weights([x[0].float() for x in inputs], 8))
+    torch.testing.assert_close(weights, fusion.weights(*(x[0].float() for x in inputs), 8))
     assert [x.dtype for x in fused] == [torch.bfloat16] * 2
 
 
 def test_mean() -> None:
-    inputs = pyramids(3)
-    fused = MeanFusion(3)(inputs, STRIDES)
-    torch.testing.assert_close(fused[1], (inputs[0][1] + inputs[1][1] + inputs[2][1]) / 3)
+    high, low = pyramids()
+    fused = MeanFusion()(high, low, STRIDES)
+    torch.testing.assert_close(fused[1], (high[1] + low[1]) / 2)
 
 
 def test_errors_name_the_finding() -> None:
-    fusion = build_fusion("cff", channels=8, num_inputs=2, reduction=16)
     high, low = pyramids()
-    with pytest.raises(ValueError, match=r"equal shapes, found 2: .*6, 10.*6, 9"):
-        fusion([high, [low[0][..., :9], low[1]]], STRIDES)
-    with pytest.raises(ValueError, match="blends 2 pyramids of equal shapes, found 3"):
-        fusion([high, low, low], STRIDES)
+    other = [low[0][..., :9], low[1]]
+    for fusion in (build_fusion("cff", channels=8, reduction=16), MeanFusion()):
+        with pytest.raises(ValueError, match=r"equal shapes, found .*6, 10.*6, 9"):
+            fusion(high, other, STRIDES)
+        with pytest.raises(ValueError, match="equal shapes"):
+            fusion(high, low[:1], STRIDES)
     with pytest.raises(ValueError, match="'sum'; choose one of cff, mean"):
-        build_fusion("sum", channels=8, num_inputs=2, reduction=16)
-    with pytest.raises(ValueError, match="found 1 pyramids"):
-        CrossingFeatureFusion(8, num_inputs=1)
+        build_fusion("sum", channels=8, reduction=16)
+    with pytest.raises(ValueError, match="FUSION_REDUCTION is 0, expected at least 1"):
+        build_fusion("cff", channels=8, reduction=0)

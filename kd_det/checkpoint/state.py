@@ -1,0 +1,119 @@
+"""What a run needs to go on, beside the student's tensors and the trainer's state."""
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from kd_det.distillation.detector import DistillationDetector
+
+_NORMALIZER = "loss_normalizer"
+
+
+def student_of(model: nn.Module) -> nn.Module:
+    """Return the model that ships: the student of a wrapper, or the plain model itself."""
+    return model.student if isinstance(model, DistillationDetector) else model
+
+
+class KDState:
+    """
+    What a run needs to go on, beside the student's tensors and the trainer's state.
+
+    Args:
+        model: a `DistillationDetector` or any plain model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return adapters, distillers' tensors, the teacher's identity, the loss normalisers."""
+        out: dict[str, Any] = {
+            # A plain attribute of Detectron2's dense detectors, absent from their state dict. The
+            # keypoint head has a word under the same name.
+            _NORMALIZER: {
+                name: float(getattr(module, _NORMALIZER))
+                for name, module in student_of(self._model).named_modules()
+                if isinstance(getattr(module, _NORMALIZER, None), (int, float))
+            }
+        }
+        if isinstance(self._model, DistillationDetector):
+            out["adapters"] = _tensors(_adapters(self._model))
+            out["distillers"] = _tensors(_distillers(self._model))
+            out["auto_weights"] = {
+                name: active.auto.state_dict()
+                for name, active in self._model.active.items()
+                if active.auto is not None
+            }
+            teacher = self._model.teacher
+            if teacher is not None and teacher.identity is not None:
+                out["teacher"] = asdict(teacher.identity)
+        return out
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: the checkpoint was made with another teacher or other distillers.
+        """
+        self._check(state)
+        modules = dict(student_of(self._model).named_modules())
+        for name, value in state[_NORMALIZER].items():
+            setattr(modules[name], _NORMALIZER, value)
+        if not isinstance(self._model, DistillationDetector):
+            return
+        _load(_adapters(self._model), state["adapters"])
+        _load(_distillers(self._model), state["distillers"])
+        for name, saved in state.get("auto_weights", {}).items():
+            auto = self._model.active[name].auto
+            if auto is not None:
+                auto.load_state_dict(saved)
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Compare what a checkpoint was made with to this run, before anything is changed."""
+        now = self.state_dict()
+        advice = "or start afresh with MODEL.WEIGHTS set to the checkpoint."
+        for key in ("adapters", "distillers"):
+            shapes = [{k: v.shape for k, v in x.get(key, {}).items()} for x in (state, now)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"The run to resume had other {key} ({', '.join(shapes[0]) or 'none'}) than "
+                    f"this config ({', '.join(shapes[1]) or 'none'}). Resume with the same "
+                    f"KD.DISTILLERS and models, {advice}"
+                )
+        was, own = state.get("teacher"), now.get("teacher")
+        if was and own and was["sha256"] != own["sha256"]:
+            raise ValueError(
+                f"The run to resume was taught by {was['weights']} (sha256 {was['sha256'][:12]}), "
+                f"this config names {own['weights']} ({own['sha256'][:12]}). Resume with the same "
+                f"teacher, {advice}"
+            )
+
+
+def _adapters(model: DistillationDetector) -> dict[str, nn.Module]:
+    return {
+        f"{name}-{capture}": modules
+        for name, active in model.active.items()
+        for capture, modules in active.adapters.items()
+    }
+
+
+def _distillers(model: DistillationDetector) -> dict[str, nn.Module]:
+    return {name: active.distiller for name, active in model.active.items()}
+
+
+def _tensors(modules: dict[str, nn.Module]) -> dict[str, Any]:
+    """Return the state of several modules in one flat dict, as a ModuleDict of them would."""
+    return {
+        f"{name}.{key}": value
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+
+
+def _load(modules: dict[str, nn.Module], state: dict[str, Any]) -> None:
+    for name, module in modules.items():
+        prefix = f"{name}."
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        module.load_state_dict(own)

@@ -1,0 +1,219 @@
+"""
+How a config file is read.
+
+`load_config` is the one way from a yaml file to a config: it refuses keys nobody knows (naming the
+nearest valid ones) and resolves the paths a file names against that file's own folder.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from kd_det.config.keys import add_kd_config, add_labelled_nodes
+from kd_det.config.plugins import import_plugins
+from kd_det.config.roles import is_distillation
+from kd_det.config.safe_yaml import parse_yaml
+from kd_det.text import nearest
+
+CN = CfgNode
+
+
+def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
+    """
+    Read a yaml file (and the `_BASE_` files it builds on) and overrides into a full config.
+
+    Args:
+        config_file: path of a yaml file.
+        opts: overrides as a flat list [KEY, value, KEY, value, ...].
+
+    Returns:
+        The config, not frozen. Relative KD.TEACHER.CONFIG_FILE, KD.TEACHER.WEIGHTS and KD.DATASETS
+        paths are made absolute.
+
+    Raises:
+        FileNotFoundError: the file, or a `_BASE_`, does not exist.
+        ValueError: the file is no yaml mapping, gives one value to a whole group of keys, or sets
+            distillation keys while MODEL.META_ARCHITECTURE is a plain detector.
+        KeyError: a key nobody knows; the message lists the nearest valid ones.
+        ImportError: a module that KD.PLUGINS names cannot be imported.
+    """
+    chain = _read_chain(config_file)
+    given = [content.get("KD") for _, content in chain] + [_given_overrides(opts)]
+    cfg = _default_config(_all_of(given, "PLUGINS"), _all_of(given, "DISTILLERS"))
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"  # Detectron2's default, "cuda", would only fail
+    for path, content in chain:
+        _refuse_unknown_keys(_leaves(content), cfg, path)
+        _resolve_paths(content, os.path.dirname(os.path.abspath(path)))
+        _read_whole_numbers(content, cfg)
+        cfg.merge_from_other_cfg(CN(content))
+    _apply_overrides(cfg, opts)
+    _refuse_idle_settings(cfg, config_file)
+    _refuse_twins(cfg, config_file)
+    return cfg
+
+
+def _default_config(plugins: Iterable[str], distillers: Iterable[str]) -> CfgNode:
+    """Return all keys with their defaults, those of plugins and of labelled distillers included."""
+    functions = import_plugins(dict.fromkeys(plugins))
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    for add_keys in functions:
+        add_keys(cfg)
+    add_labelled_nodes(cfg, dict.fromkeys(distillers))
+    return cfg
+
+
+def _all_of(given: Sequence[Any], key: str) -> list[Any]:
+    """Return what any of several KD nodes lists; what is no list is refused when it is merged."""
+    lists = [kd.get(key) for kd in given if isinstance(kd, Mapping)]
+    return [entry for one in lists if isinstance(one, (list, tuple)) for entry in one]
+
+
+def _given_overrides(opts: Sequence[Any]) -> dict[str, Any]:
+    """Return KD.PLUGINS and KD.DISTILLERS as overrides give them: they decide which keys exist."""
+    out = {}
+    for key, value in zip(opts[0::2], opts[1::2], strict=False):
+        if key in ("KD.PLUGINS", "KD.DISTILLERS"):
+            out[key.removeprefix("KD.")] = (
+                yaml.safe_load(value) if isinstance(value, str) else value
+            )
+    return out
+
+
+def _refuse_twins(cfg: CfgNode, config_file: str) -> None:
+    """Refuse a distiller that is active twice under one name: only one of them would be heard."""
+    names = list(cfg.KD.DISTILLERS)
+    for name in {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"{config_file}: KD.DISTILLERS names {name!r} twice; give the second one a label, "
+            f"'{name}:second', and keys of its own."
+        )
+
+
+def _refuse_idle_settings(cfg: CfgNode, config_file: str) -> None:
+    """Refuse distillation settings in a config that distils nothing."""
+    idle = [key for key in ("DISTILLERS", "INHERIT") if cfg.KD[key]]
+    idle += ["STUDENT.VIEW_FACTOR"] if cfg.KD.STUDENT.VIEW_FACTOR != 1 else []
+    if idle and not is_distillation(cfg):
+        name = cfg.MODEL.META_ARCHITECTURE
+        raise ValueError(
+            f"{config_file}: KD.{' and KD.'.join(idle)} would have no effect, because "
+            f"MODEL.META_ARCHITECTURE is {name}. Set it to DistillationDetector, and "
+            f"KD.STUDENT.META_ARCHITECTURE to {name}."
+        )
+
+
+def _apply_overrides(cfg: CfgNode, opts: Sequence[Any]) -> None:
+    """Merge [KEY, value, ...] into cfg; relative paths in it mean the working directory."""
+    if len(opts) % 2:
+        raise ValueError(
+            "Overrides come in pairs KEY VALUE, but an odd number of words was given: "
+            f"{list(opts)}."
+        )
+    keys = list(opts[0::2])
+    _refuse_unknown_keys(keys, cfg, "the command line")
+    floats = {key for key, value in _leaves(cfg).items() if isinstance(value, float)}
+    words = [float(v) if k in floats else v for k, v in zip(keys, opts[1::2], strict=True)]
+    cfg.merge_from_list([word for pair in zip(keys, words, strict=True) for word in pair])
+    for key in ("CONFIG_FILE", "WEIGHTS"):
+        if f"KD.TEACHER.{key}" in keys:
+            cfg.KD.TEACHER[key] = _resolve(cfg.KD.TEACHER[key], os.getcwd())
+
+
+def changed_settings(cfg: CfgNode) -> dict[str, Any]:
+    """Return the settings, by full key, in which a config differs from all defaults."""
+    before, now = _leaves(_default_config(cfg.KD.PLUGINS, cfg.KD.DISTILLERS)), _leaves(cfg)
+    return {key: value for key, value in now.items() if key not in before or before[key] != value}
+
+
+def _read_chain(config_file: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return (path, content without `_BASE_`) from the root base file down to `config_file`."""
+    chain: list[tuple[str, dict[str, Any]]] = []
+    path = config_file
+    while path:
+        content = _read_yaml(path)
+        if any(os.path.samefile(path, seen) for seen, _ in chain):
+            raise ValueError(f"{config_file}: its _BASE_ files form a circle through {path}.")
+        base = content.pop("_BASE_", "")
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: _BASE_ is {base!r}, expected the path of one yaml file.")
+        chain.insert(0, (path, content))
+        path = os.path.join(os.path.dirname(path), os.path.expanduser(base)) if base else ""
+    return chain
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"Config file {path} does not exist (working directory {os.getcwd()})."
+        )
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = parse_yaml(file.read(), path)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} is not a yaml config file ({type(error).__name__}). If it is a checkpoint, "
+            "give it as ...WEIGHTS and the yaml it was trained with as the config file."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, expected a yaml mapping of keys.")
+    return content
+
+
+def _read_whole_numbers(content: dict[str, Any], cfg: Mapping[str, Any]) -> None:
+    """Turn whole numbers into floats where a key holds a float: yacs would refuse them."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _read_whole_numbers(value, cfg[key])
+        elif isinstance(cfg[key], float) and type(value) is int:
+            content[key] = float(value)
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a nested mapping by full key."""
+    out: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            out.update(_leaves(value, f"{name}."))
+        else:
+            out[name] = value
+    return out
+
+
+def _refuse_unknown_keys(keys: Iterable[str], cfg: CfgNode, source: str) -> None:
+    valid = set(_leaves(cfg))
+    nodes = {name.rsplit(".", i)[0] for name in valid for i in range(1, name.count(".") + 1)}
+    for key in keys:
+        if key in nodes:
+            raise ValueError(
+                f"{source}: {key} is a group of keys, expected values for single ones."
+            )
+        if key not in valid:
+            raise KeyError(f"{source}: no config key is called {key}; {nearest(key, valid)}.")
+
+
+def _resolve(path: str, folder: str) -> str:
+    """Make a path absolute: against `folder` if it exists there, else the working directory."""
+    if not path or path == "auto" or "://" in path:
+        return path
+    path = os.path.expandvars(os.path.expanduser(path))
+    beside = os.path.normpath(os.path.join(folder, path))
+    return beside if os.path.exists(beside) else os.path.abspath(path)
+
+
+def _resolve_paths(content: dict[str, Any], folder: str) -> None:
+    kd = content.get("KD") or {}
+    teacher = kd.get("TEACHER") or {}
+    for key in ("CONFIG_FILE", "WEIGHTS"):
+        if key in teacher:
+            teacher[key] = _resolve(teacher[key], folder)
+    for item in kd.get("DATASETS") or []:
+        for key in ("json", "images"):
+            if key in item:
+                item[key] = _resolve(item[key], folder)

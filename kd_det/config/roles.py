@@ -1,0 +1,27 @@
+"""Which model a config means: the plain one, or the student inside kd_det's wrapper."""
+
+from detectron2.config import CfgNode
+
+
+def student_cfg(cfg: CfgNode) -> CfgNode:
+    """
+    Return the plain Detectron2 config of the student: no KD keys, its own meta-architecture.
+
+    A student of a reduced view gets test sizes divided by the factor, so that stock Detectron2
+    feeds it images of the size it was trained for (a MIN_SIZE_TEST of 0, no resizing, stays: such
+    images are to be reduced beforehand). A config without student only loses its KD keys.
+    """
+    out = cfg.clone()
+    out.defrost()
+    if is_distillation(cfg):
+        factor = cfg.KD.STUDENT.VIEW_FACTOR
+        out.MODEL.META_ARCHITECTURE = cfg.KD.STUDENT.META_ARCHITECTURE
+        out.INPUT.MIN_SIZE_TEST = round(cfg.INPUT.MIN_SIZE_TEST / factor)
+        out.INPUT.MAX_SIZE_TEST = round(cfg.INPUT.MAX_SIZE_TEST / factor)
+    del out["KD"]
+    return out
+
+
+def is_distillation(cfg: CfgNode) -> bool:
+    """Return whether the config names kd_det's wrapper as meta-architecture."""
+    return bool(cfg.MODEL.META_ARCHITECTURE == "DistillationDetector")

@@ -1,0 +1,185 @@
+"""A comparison from its recipe to its report: what `kd-det compare` does."""
+
+import contextlib
+import fcntl
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd_det.experiments.figure import draw_report
+from kd_det.experiments.ground_truth import GroundTruth, check_test_set, load_ground_truth
+from kd_det.experiments.plan import Plan, Run, make_plan
+from kd_det.experiments.progress import Display
+from kd_det.experiments.recipe import Recipe, RecipeError, read_recipe
+from kd_det.experiments.report import Outcome, build_report, markdown, read_detections
+from kd_det.experiments.runs import RunFailed, cores, execute, read_result
+from kd_det.files import read_json, write_json, write_text, write_whole
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A recipe with its runs, in its output folder."""
+
+    recipe: Recipe
+    plan: Plan
+    out: Path
+    # Students at a time; None: one with a GPU, else one per core.
+    jobs: int | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        recipe_file: str,
+        out: Path,
+        *,
+        seeds: Sequence[int] | None = None,
+        arms: Sequence[str] | None = None,
+        jobs: int | None = None,
+    ) -> "Comparison":
+        """
+        Read and check everything that can be checked before the first run.
+
+        Args:
+            recipe_file: see `read_recipe`.
+            out: folder of all runs and the report.
+            seeds: instead of the recipe's.
+            arms: only these, the baseline, and the arms these start from.
+            jobs: students at a time; None: one with a GPU, else one per core.
+
+        Raises:
+            RecipeError: the recipe, or what is asked of it, cannot be carried out; or the folder
+                holds the report of another recipe.
+            FileNotFoundError, KeyError, ValueError: from the configs and the data sets.
+        """
+        recipe = read_recipe(recipe_file)
+        if seeds:
+            recipe = recipe.with_seeds(seeds)
+        if arms:
+            recipe = recipe.select(arms)
+        if jobs is not None and jobs < 1:
+            raise RecipeError(f"--jobs must be at least 1, found {jobs}.")
+        plan = make_plan(recipe, out)
+        check_test_set(plan.baseline_cfg)
+        comparison = cls(recipe, plan, out, jobs)
+        comparison.check_report()
+        return comparison
+
+    @property
+    def pages(self) -> tuple[Path, Path, Path]:
+        """The files of the report: text, numbers, figure."""
+        return self.out / "report.md", self.out / "report.json", self.out / "report.png"
+
+    def check_report(self) -> None:
+        """
+        Look whose report is in the folder; one of the same recipe is replaced.
+
+        Raises:
+            RecipeError: the folder holds the report of another recipe or test set.
+        """
+        there = read_json(self.pages[1])
+        if there is None:
+            return
+        found = there.get("name"), (there.get("test_set") or {}).get("name")
+        own = self.recipe.name, *self.plan.baseline_cfg.DATASETS.TEST
+        if found != own:
+            raise RecipeError(
+                f"{self.out} holds the report of recipe {found[0]} on {found[1]}, which this "
+                f"recipe, {own[0]} on {own[1]}, would replace; choose another --out, or move "
+                f"{', '.join(path.name for path in self.pages)} away."
+            )
+
+    def carry_out(self, command: str) -> dict[str, Any]:
+        """
+        Carry out the runs that have no result yet, and write the report.
+
+        Args:
+            command: the command line, for the report.
+
+        Returns:
+            The content of report.json.
+
+        Raises:
+            RecipeError: from `check_report`.
+            RunFailed: a run failed, or the folder cannot be written or is taken.
+            OSError: the report cannot be written.
+            KeyboardInterrupt: interrupted or terminated; the runs were ended.
+        """
+        with _claimed(self.out), _terminable():
+            self.check_report()  # again: another comparison may have ended here meanwhile
+            self._execute()
+            return self._write(command)
+
+    def _execute(self) -> None:
+        students = [run for run in self.plan.students.values() if read_result(run) is None]
+        jobs = self.jobs
+        if jobs is None:
+            # No more jobs than students, so that each gets its share of the cores.
+            jobs = 1 if torch.cuda.is_available() else max(1, min(cores(), len(students)))
+        display = Display()
+        try:
+            execute(self.plan.runs, jobs, display)
+        finally:
+            display.close()
+
+    def _write(self, command: str) -> dict[str, Any]:
+        outcomes = {
+            run: Outcome(result=read_result(run) or {}, detections=read_detections(run.folder))
+            for run in self.plan.runs
+        }
+        truth = load_ground_truth(self.plan.baseline_cfg)
+        print("Comparing the detections, with intervals ...", file=sys.stderr, flush=True)
+        report = build_report(self.recipe, self.plan, outcomes, truth, command)
+        self._write_pages(report, outcomes, truth)
+        return report
+
+    def _write_pages(
+        self, report: dict[str, Any], outcomes: Mapping[Run, Outcome], truth: GroundTruth
+    ) -> None:
+        page, numbers, figure = self.pages
+        write_json(numbers, report)
+        write_text(page, markdown(report))
+        seed = self.recipe.seeds[0]
+        first = {
+            arm["name"]: outcomes[self.plan.students[arm["name"], seed]].detections
+            for arm in report["arms"]
+        }
+        write_whole(figure, lambda file: draw_report(report, truth, first, file))
+
+
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Hold the output folder: two comparisons in one folder would write into each other's runs."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as error:
+        raise RunFailed(
+            f"The folder {out} cannot be written ({error}); choose another --out."
+        ) from error
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFailed(
+                f"Another `kd-det compare` is at work in {out}; choose another --out."
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let a termination signal end the training processes just as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,1 @@
+"""The fast parts of `kd_det.functional.gaussian_importance`."""

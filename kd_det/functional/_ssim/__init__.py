@@ -1,0 +1,1 @@
+"""The fast parts of `kd_det.functional.ssim`."""

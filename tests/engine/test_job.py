@@ -1,0 +1,89 @@
+"""The config of a job is read once, in every process of it; users bring a trainer of their own."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
+from tiny_runs import TinyTeacher
+
+from kd_det.engine import job as job_module
+from kd_det.engine.job import Job
+from kd_det.engine.main import main
+from kd_det.engine.run_files import ProgressFile, RunResult
+from kd_det.engine.trainer import DistillationTrainer
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The config files read by the command line of a job."""
+    files: list[str] = []
+    original = job_module.load_config
+
+    def load(path: str, opts: Any) -> Any:
+        files.append(path)
+        return original(path, opts)
+
+    monkeypatch.setattr(job_module, "load_config", load)
+    return files
+
+
+def test_a_process_that_is_started_reads_the_config_itself(
+    tmp_path: Path, reads: list[str]
+) -> None:
+    config = str(tiny_runs.write_config(tmp_path / "run.yaml", "fcos", {}))
+    job = Job.from_command_line(["--config-file", config, "SEED", "5"])
+    assert job.cfg.SEED == 5 and job.cfg is job.cfg
+    assert reads == [config]
+    started = pickle.loads(pickle.dumps(job))
+    assert started.args == job.args and "cfg" not in vars(started)
+    assert started.cfg == job.cfg
+    assert reads == [config, config]
+
+
+class CountingTrainer(DistillationTrainer):
+    """A user's own trainer."""
+
+    built: list[str] = []  # noqa: RUF012
+    tested: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def build_model(cls, cfg: Any) -> Any:
+        cls.built.append(Path(cfg.OUTPUT_DIR).name)
+        return super().build_model(cfg)
+
+    @classmethod
+    def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
+        cls.tested.append(Path(cfg.OUTPUT_DIR).name)
+        return super().build_evaluator(cfg, dataset_name)
+
+
+def test_a_trainer_of_the_user_trains_and_evaluates_teacher_and_student(
+    tiny_data: dict[str, str], tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CountingTrainer, "built", [])
+    monkeypatch.setattr(CountingTrainer, "tested", [])
+    keys = {"DATASETS.TEST": [tiny_runs.DATA], "SOLVER.MAX_ITER": 1}
+    tiny_runs.write_config(tmp_path / "teacher.yaml", "fcos", keys, r50=True)
+    teacher = TinyTeacher(Path("teacher.yaml"), Path("auto"))
+    keys |= tiny_runs.distil_keys("fcos", teacher)
+    config = str(tiny_runs.write_config(tmp_path / "student.yaml", "fcos", keys))
+    metrics = main(["--config-file", config], trainer=CountingTrainer)
+    assert CountingTrainer.built == CountingTrainer.tested == ["teacher", "student"]
+    assert reads == [config]
+    again = main(["--config-file", config, "--eval-only"], trainer=CountingTrainer)
+    assert CountingTrainer.built[2:] == CountingTrainer.tested[2:] == ["student"]
+    assert str(again) == str(metrics)  # nan is not equal to itself
+
+
+def test_a_step_ends_with_evaluation_checkpoint_logs_and_result(
+    tiny_student: Callable[..., Any], tiny_data: dict[str, str]
+) -> None:
+    cfg = tiny_student("fcos", None, {"TEST.PRECISE_BN.ENABLED": True, "TEST.EVAL_PERIOD": 2})
+    hooks = DistillationTrainer(cfg).build_hooks()
+    kinds = [type(hook) for hook in hooks]
+    assert kinds[-5:] == [ProgressFile, EvalHook, PeriodicCheckpointer, PeriodicWriter, RunResult]
+    assert [kind.__name__ for kind in kinds[:-5]] == ["IterationTimer", "LRScheduler", "PreciseBN"]
