@@ -28,6 +28,8 @@ class KDCheckpointer(RecordingCheckpointer):
     def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any) -> None:
         super().__init__(student_of(model), save_dir, kd=KDState(model), **checkpointables)
         self._trained = model
+        #: The file that `resume` went on from.
+        self.resumed_from = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
         """
@@ -93,10 +95,29 @@ class KDCheckpointer(RecordingCheckpointer):
         Raises:
             RuntimeError: there are checkpoints, and none is readable.
         """
+        found = self._last_readable()
+        if found is None:
+            return False
+        self._restore(*found)
+        self.resumed_from = found[0]
+        return True
+
+    def last_readable(self) -> str:
+        """
+        Return the last checkpoint of the output folder that can be read; "" where there is none.
+
+        Raises:
+            RuntimeError: there are checkpoints, and none is readable.
+        """
+        found = self._last_readable()
+        return found[0] if found else ""
+
+    def _last_readable(self) -> tuple[str, dict[str, Any]] | None:
+        """Return path and content of the newest good checkpoint."""
         candidates = self._newest_first()
         for path in candidates:
             try:
-                checkpoint = load_tensors(path)
+                return path, load_tensors(path)
             except Exception as error:  # whatever a damaged file raises
                 _logger.warning(
                     "Checkpoint %s is damaged (%s: %s); trying the one before it.",
@@ -104,15 +125,12 @@ class KDCheckpointer(RecordingCheckpointer):
                     type(error).__name__,
                     str(error).split("\n")[0],
                 )
-                continue
-            self._restore(path, checkpoint)
-            return True
         if candidates:
             raise RuntimeError(
                 f"None of the checkpoints to resume from is readable: {', '.join(candidates)}. "
                 "Remove them and start afresh without --resume."
             )
-        return False
+        return None
 
     def _restore(self, path: str, checkpoint: dict[str, Any]) -> None:
         absent = [key for key in self.checkpointables if key not in checkpoint]
@@ -141,8 +159,17 @@ class KDCheckpointer(RecordingCheckpointer):
             return []
         files = [f for f in os.listdir(self.save_dir) if re.fullmatch(r"model_(\d+|final)\.pth", f)]
         files.sort(key=lambda f: (f == "model_final.pth", f), reverse=True)
-        last = os.path.basename(self.get_checkpoint_file())
+        last = self._tagged()
         if last in files:
             files.remove(last)
+        if last:
             files.insert(0, last)
         return [os.path.join(self.save_dir, f) for f in files]
+
+    def _tagged(self) -> str:
+        """Return the name of the file that is tagged as the last, if there is such a file."""
+        try:
+            name = os.path.basename(self.get_checkpoint_file())
+        except ValueError:  # the tag is no text
+            return ""
+        return name if os.path.isfile(os.path.join(self.save_dir, name)) else ""

@@ -126,15 +126,14 @@ def evaluate(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, last:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        RuntimeError: there are checkpoints in OUTPUT_DIR, and none is readable.
     """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.KD.DISTILLERS, cfg.KD.INHERIT = [], []
     model = trainer.build_model(cfg)
     checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR)
-    weights = cfg.MODEL.WEIGHTS
-    if checkpointer.has_checkpoint() and last:
-        weights = checkpointer.get_checkpoint_file()
+    weights = (checkpointer.last_readable() if last else "") or cfg.MODEL.WEIGHTS
     if not weights:
         raise FileNotFoundError(
             f"Nothing to evaluate: MODEL.WEIGHTS is empty and {cfg.OUTPUT_DIR} holds no checkpoint."

@@ -161,8 +161,16 @@ class DistillationTrainer(DefaultTrainer):
 
     def train(self) -> dict[str, Any]:
         """Train to the end; return metrics by task of the final evaluation, in the main process."""
+        if self.start_iter >= self.max_iter:
+            self._save_final()
         super().train()
         return getattr(self, "_last_eval_results", {})
+
+    def _save_final(self) -> None:
+        """Write what a run lacks that was stopped after its last step: no step writes it again."""
+        name = "model_final"
+        if os.path.basename(self.checkpointer.resumed_from) != f"{name}.pth":
+            self.checkpointer.save(name, iteration=self.start_iter - 1)
 
     def _plain_model(self) -> nn.Module:
         model: nn.Module = self._trainer.model

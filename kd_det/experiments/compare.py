@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from kd_det.experiments.figure import draw_report
+from kd_det.experiments.finished import read_result
 from kd_det.experiments.ground_truth import GroundTruth, check_test_set, load_ground_truth
 from kd_det.experiments.plan import Plan, Run, make_plan
 from kd_det.experiments.progress import Display
 from kd_det.experiments.recipe import Recipe, RecipeError, read_recipe
 from kd_det.experiments.rehearsal import rehearse_runs
 from kd_det.experiments.report import Outcome, build_report, markdown, read_detections
-from kd_det.experiments.runs import RunFailed, cores, execute, read_result
+from kd_det.experiments.runs import RunFailed, cores, execute
 from kd_det.files import read_json, write_json, write_text, write_whole
 
 

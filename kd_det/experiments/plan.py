@@ -51,7 +51,7 @@ class Run:
     def arguments(self) -> list[str]:
         """Return the command line after the program's name."""
         flags = [] if self.iterations else ["--eval-only"]
-        if (self.folder / "last_checkpoint").exists():
+        if (self.folder / "last_checkpoint").exists() or any(self.folder.glob("model_*.pth")):
             flags.append("--resume")
         return ["--config-file", str(self.config_file), *flags, *self.opts]
 

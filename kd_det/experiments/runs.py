@@ -6,8 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
+from kd_det.experiments.finished import read_result, what_lacks
 from kd_det.experiments.plan import Run
 from kd_det.experiments.progress import Display, Estimator
 from kd_det.files import read_json
@@ -23,11 +23,6 @@ _GRACE_SECONDS = 10.0
 
 class RunFailed(RuntimeError):
     """A run stopped without a result; the message has the end of its log and how to go on."""
-
-
-def read_result(run: Run) -> dict[str, Any] | None:
-    """Return the result of a finished run, None where it has none (yet)."""
-    return read_json(run.folder / "result.json")
 
 
 def cores() -> int:
@@ -82,6 +77,8 @@ class _Queue:
         for run in runs:
             result = read_result(run)
             if result is None:
+                if (run.folder / "result.json").exists():
+                    display.line(f"{run.title}: {what_lacks(run)}; that part is done again")
                 self.pending.append(run)
             else:
                 self.estimator.finish(run, result, seconds=None)
@@ -158,6 +155,8 @@ def _failure(run: Run, code: int) -> str:
     log = run.folder / "run.log"
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
     what = f"ended with exit code {code}" if code else "ended without writing its result.json"
+    if not code and (run.folder / "result.json").exists():
+        what = f"ended, but {what_lacks(run)}"
     return "\n".join(
         [
             f"The run {run.title} {what}. The end of {log}:",

@@ -221,3 +221,41 @@ def test_an_arm_without_iterations_is_evaluated(lab):
     assert [c["flags"] for c in looked] == [["--eval-only"]] * 2
     assert looked[0]["opts"]["MODEL.WEIGHTS"] == str(plan.students["l2", 0].checkpoint)
     assert plan.students["look", 0].iterations == 0
+
+
+RESULT = "result.json"
+FOUND = "inference/coco_instances_results.json"
+FINAL = "model_final.pth"
+DAMAGE = [
+    (RESULT, b"{}", "its result.json is damaged"),
+    (RESULT, b'{"metrics": {}, "iterations": 4}', "its result.json is damaged"),
+    (RESULT, b'{"metrics": [], "sec_per_step": 1}', "its result.json is damaged"),
+    (RESULT, b"\xff\xfe{}", "its result.json is damaged"),
+    (RESULT, b"[" * 100_000, "its result.json is damaged"),
+    (RESULT, b"", "its result.json is damaged"),
+    (FOUND, b'[{"image_id": 1, "bbox": [1, 2', "its detections are missing or damaged"),
+    (FOUND, b"", "its detections are missing or damaged"),
+    (FOUND, None, "its detections are missing or damaged"),
+    (FINAL, b"PK\x03\x04 and then nothing", "its model_final.pth is missing or damaged"),
+    (FINAL, None, "its model_final.pth is missing or damaged"),
+]
+
+
+@pytest.mark.parametrize("arm", ["teacher", "student"])
+def test_what_is_damaged_is_done_again_and_said(lab, arm):
+    plan = plan_of(lab)
+    run(lab, plan)
+    damaged = plan.teacher if arm == "teacher" else plan.students["none", 0]
+    for name, content, told in DAMAGE:
+        lab.calls()
+        file = damaged.folder / name
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        assert f"{damaged.title}: {told}; that part is done again" in run(lab, plan_of(lab))
+        (call,) = lab.calls()
+        assert call["run"] == damaged.folder.name
+        # It has a final checkpoint to go on from, unless that is what was missing.
+        assert call["flags"] == ([] if (name, content) == (FINAL, None) else ["--resume"])
+    assert "done again" not in run(lab, plan_of(lab))
+    assert lab.calls() == []
