@@ -72,6 +72,8 @@ def install() -> None:
     # Detectron2 scripts a few functions at import; nothing a user of kd_det could change.
     warnings.filterwarnings("ignore", message=r"`torch\.jit", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
+    # Its anchor generators call it without `indexing`, which stays what it was.
+    warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     from PIL import Image
 
     if not hasattr(Image, "LINEAR"):

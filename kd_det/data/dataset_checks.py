@@ -10,6 +10,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from kd_det.data.annotation_file import read_annotation_file
 from kd_det.data.coco_checks import check_coco
 from kd_det.reading import load_pickle
+from kd_det.text import nearest
 
 # (data set, file name, width, height)
 Size = tuple[str, str, int, int]
@@ -59,7 +60,10 @@ def check_proposals(cfg: CfgNode) -> None:
 def _check(name: str, cfg: CfgNode) -> list[Size]:
     """Check one data set; return the sizes of its images."""
     if name not in DatasetCatalog:
-        DatasetCatalog.get(name)  # raises, and lists the registered names
+        raise KeyError(
+            f"DATASETS: the data set {name!r} is not registered; "
+            f"{nearest(name, DatasetCatalog.list())}. List your own data under KD.DATASETS."
+        )
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")
     if metadata.get("evaluator_type") != "coco" or not json_file:

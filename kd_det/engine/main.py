@@ -16,6 +16,8 @@ from detectron2.utils.logger import setup_logger
 
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.distillation.teacher import teacher_weights
+from kd_det.engine.console import settle_handlers
+from kd_det.engine.folder_lock import claimed
 from kd_det.engine.job import Job
 from kd_det.engine.launch import launch
 from kd_det.engine.rehearsal import (
@@ -68,8 +70,12 @@ def set_up(job: Job) -> CfgNode:
     """
     cfg = job.cfg
     prepare(cfg)
+    # Detectron2's set-up makes no second handlers, and logs the config in colours.
+    for name in ("fvcore", "kd_det"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+    settle_handlers()
     default_setup(cfg, job.args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     return cfg
 
 
@@ -95,11 +101,12 @@ def train(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, resume: 
 
 def _train(cfg: CfgNode, trainer: TrainerClass, *, resume: bool) -> Any:
     train_missing_teacher(cfg, trainer)
-    if cfg.SEED >= 0:
-        seed_all_rng(cfg.SEED + comm.get_rank())
-    training = trainer(cfg)
-    training.resume_or_load(resume=resume)
-    return training.train()
+    with claimed(cfg.OUTPUT_DIR):
+        if cfg.SEED >= 0:
+            seed_all_rng(cfg.SEED + comm.get_rank())
+        training = trainer(cfg)
+        training.resume_or_load(resume=resume)
+        return training.train()
 
 
 def train_missing_teacher(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer) -> None:

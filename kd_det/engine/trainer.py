@@ -30,6 +30,7 @@ from kd_det.data.dataset_checks import check_proposals
 from kd_det.data.loading import check_classes, load_training_set
 from kd_det.distillation import DistillationDetector
 from kd_det.distillation.classes import class_count
+from kd_det.engine.ending import StopWhenAsked
 from kd_det.engine.launch import distribute
 from kd_det.engine.loop import TrainingLoop
 from kd_det.engine.run_files import ProgressFile, RunResult
@@ -38,7 +39,14 @@ from kd_det.evaluation.build import build_evaluator
 _logger = logging.getLogger(__name__)
 # What a step ends with. Evaluating draws random numbers: the state that a checkpoint saves must be
 # the one from which the next step starts. The result needs the last evaluation and all files.
-_LAST_HOOKS = (ProgressFile, EvalHook, PeriodicCheckpointer, PeriodicWriter, RunResult)
+_LAST_HOOKS = (
+    ProgressFile,
+    EvalHook,
+    PeriodicCheckpointer,
+    PeriodicWriter,
+    RunResult,
+    StopWhenAsked,
+)
 
 
 class ResumableSampler(TrainingSampler):
@@ -137,6 +145,7 @@ class DistillationTrainer(DefaultTrainer):
         if comm.is_main_process():
             hooks.append(ProgressFile(self.cfg.OUTPUT_DIR))
             hooks.append(RunResult(self.cfg.OUTPUT_DIR, self.cfg.SEED))
+        hooks.append(StopWhenAsked())
         return sorted(hooks, key=_place)  # hooks of one place keep their order
 
     def resume_or_load(self, resume: bool = True) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from kd_det.engine.ending import PARENT_PIPE
 from kd_det.experiments.finished import read_result, what_lacks
 from kd_det.experiments.plan import Run
 from kd_det.experiments.progress import Display, Estimator
@@ -17,8 +18,10 @@ RUNNER = (sys.executable, "-m", "kd_det.engine")
 # OpenMP threads wait for each other spinning. On cores that others use as well, that keeps a slower
 # one from the very core it needs; with a short spin a step takes half the time there.
 _PATIENT_THREADS = {"GOMP_SPINCOUNT": "10000"}
+_OWN = {PARENT_PIPE: "1"}
 _LOG_LINES = 25
-_GRACE_SECONDS = 10.0
+# A step and a checkpoint.
+_GRACE_SECONDS = 30.0
 
 
 class RunFailed(RuntimeError):
@@ -105,10 +108,10 @@ class _Queue:
         with open(run.folder / "run.log", "ab") as log:
             return subprocess.Popen(
                 [*self.runner, *run.arguments()],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # it ends with the one that holds the other end
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**_PATIENT_THREADS, **os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**_PATIENT_THREADS, **os.environ, **_OWN, "OMP_NUM_THREADS": str(threads)},
                 # A group of its own: Ctrl-C reaches it by `stop`, and its data-loading workers.
                 start_new_session=True,
             )
@@ -121,6 +124,7 @@ class _Queue:
                 self.estimator.observe(run, read_json(run.folder / "progress.json"))
                 continue
             del self.active[run]
+            _close_pipe(process)
             result = read_result(run)
             if code != 0 or result is None:
                 raise RunFailed(_failure(run, code))
@@ -141,6 +145,7 @@ class _Queue:
             # Workers may outlive the process that started them.
             _signal(process, signal.SIGKILL)
             process.wait()
+            _close_pipe(process)
         self.active.clear()
 
 
@@ -149,6 +154,11 @@ def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
         os.killpg(process.pid, number)
     except ProcessLookupError:
         pass
+
+
+def _close_pipe(process: "subprocess.Popen[bytes]") -> None:
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def _failure(run: Run, code: int) -> str:
