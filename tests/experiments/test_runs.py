@@ -1,7 +1,9 @@
 """Plans and their execution: what runs, in which order, what is kept, what a failure says."""
 
 import io
+import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -259,3 +261,37 @@ def test_what_is_damaged_is_done_again_and_said(lab, arm):
         assert call["flags"] == ([] if (name, content) == (FINAL, None) else ["--resume"])
     assert "done again" not in run(lab, plan_of(lab))
     assert lab.calls() == []
+
+
+def folders(plan):
+    return {run.title: run.folder.name for run in plan.runs}
+
+
+def test_changed_data_and_weights_make_other_runs(lab):
+    """A result is never kept when what it was made from is another file now."""
+    plans = [folders(plan_of(lab))]
+    assert folders(plan_of(lab)) == plans[0]
+
+    truth = json.loads((lab.root / "truth.json").read_text())
+    truth["annotations"][0]["bbox"][2] += 1
+    (lab.root / "truth.json").write_text(json.dumps(truth))
+    plans.append(folders(plan_of(lab)))
+
+    image = lab.root / "b.png"
+    image.write_bytes(image.read_bytes() + b"tail")
+    plans.append(folders(plan_of(lab)))
+
+    status = image.stat()
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+    plans.append(folders(plan_of(lab)))
+    for before, after in itertools.pairwise(plans):
+        assert all(before[title] != after[title] for title in before)
+
+    weights = lab.write("start.pth", "one")
+    lab.write("student.yaml", f"_BASE_: base.yaml\nMODEL: {{WEIGHTS: '{weights}'}}\n")
+    one = folders(plan_of(lab))
+    lab.write("start.pth", "another")
+    two = folders(plan_of(lab))
+    assert {title for title in one if one[title] != two[title]} == {
+        f"{name} seed {seed}" for name in ("none", "again") for seed in (0, 1)
+    }
