@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kd_det.experiments.identity import file_identity
 from kd_det.experiments.plan import Run
-from kd_det.files import read_json
+from kd_det.files import read_json, write_json
 
+_INPUTS = "inputs.json"
 _KEYS = {"metrics", "sec_per_step", "peak_memory_mb", "iterations"}
 
 
@@ -31,7 +33,34 @@ def what_lacks(run: Run) -> str:
         return "its detections are missing or damaged"
     if run.iterations and not zipfile.is_zipfile(run.checkpoint):
         return f"its {run.checkpoint.name} is missing or damaged"
+    return made_from_others(run)
+
+
+def note_inputs(run: Run) -> None:
+    """Write down which checkpoints of other runs a run that starts now reads."""
+    write_json(run.folder / _INPUTS, {other.title: _digest(other) for other in run.needs})
+
+
+def made_from_others(run: Run) -> str:
+    """Say which run that this one needs has another final checkpoint now; "" where none has."""
+    noted = read_json(run.folder / _INPUTS) or {}
+    for other in run.needs:
+        before, now = noted.get(other.title), _digest(other)
+        if before and now and before != now:
+            return f"it was made from another checkpoint of {other.title}"
     return ""
+
+
+def set_aside(run: Run) -> Path:
+    """Rename the folder of a run that is to start afresh; return where it is now."""
+    number = 1
+    while (target := run.folder.with_name(f"{run.folder.name}.stale-{number}")).exists():
+        number += 1
+    return run.folder.rename(target)
+
+
+def _digest(run: Run) -> str:
+    return file_identity(str(run.checkpoint)) if run.checkpoint.is_file() else ""
 
 
 def detections_file(folder: Path) -> Path:

@@ -8,7 +8,13 @@ import time
 from collections.abc import Sequence
 
 from kd_det.engine.ending import PARENT_PIPE
-from kd_det.experiments.finished import read_result, what_lacks
+from kd_det.experiments.finished import (
+    made_from_others,
+    note_inputs,
+    read_result,
+    set_aside,
+    what_lacks,
+)
 from kd_det.experiments.plan import Run
 from kd_det.experiments.progress import Display, Estimator
 from kd_det.files import read_json
@@ -80,7 +86,7 @@ class _Queue:
         for run in runs:
             result = read_result(run)
             if result is None:
-                if (run.folder / "result.json").exists():
+                if (run.folder / "result.json").exists() and not made_from_others(run):
                     display.line(f"{run.title}: {what_lacks(run)}; that part is done again")
                 self.pending.append(run)
             else:
@@ -101,7 +107,10 @@ class _Queue:
                 self.active[run] = self._start(run)
 
     def _start(self, run: Run) -> "subprocess.Popen[bytes]":
+        if reason := made_from_others(run):
+            self.display.line(f"{run.title}: {reason}; now in {set_aside(run).name}, done afresh")
         run.folder.mkdir(parents=True, exist_ok=True)
+        note_inputs(run)
         (run.folder / "progress.json").unlink(missing_ok=True)  # of an attempt that was stopped
         threads = cores() if run.is_teacher else max(1, cores() // self.jobs)
         self.estimator.start(run)

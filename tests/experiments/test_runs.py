@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -295,3 +296,20 @@ def test_changed_data_and_weights_make_other_runs(lab):
     assert {title for title in one if one[title] != two[title]} == {
         f"{name} seed {seed}" for name in ("none", "again") for seed in (0, 1)
     }
+
+
+def test_another_checkpoint_of_the_teacher_makes_its_students_afresh(lab):
+    plan = plan_of(lab)
+    run(lab, plan)
+    lab.calls()
+    with zipfile.ZipFile(plan.teacher.checkpoint, "w") as weights:
+        weights.writestr("data", "trained otherwise")
+    shown = run(lab, plan_of(lab))
+    told = "l2 seed 0: it was made from another checkpoint of teacher; now in l2-seed0-"
+    assert told in shown and ".stale-1, done afresh" in shown
+    calls = lab.calls()
+    assert sorted(c["run"].rsplit("-", 1)[0] for c in calls) == ["l2-seed0", "l2-seed1"]
+    assert all(call["flags"] == [] for call in calls)
+    student = plan.students["l2", 0].folder
+    assert (student.with_name(f"{student.name}.stale-1") / "result.json").exists()
+    assert "afresh" not in run(lab, plan_of(lab)) and lab.calls() == []
