@@ -60,7 +60,8 @@ def set_aside(run: Run) -> Path:
 
 
 def _digest(run: Run) -> str:
-    return file_identity(str(run.checkpoint)) if run.checkpoint.is_file() else ""
+    """Return the digest of a run's final checkpoint; "" where it is to be made (again)."""
+    return file_identity(str(run.checkpoint)) if zipfile.is_zipfile(run.checkpoint) else ""
 
 
 def detections_file(folder: Path) -> Path:
