@@ -9,6 +9,7 @@ is called, and the message names it.
 import os
 import pickle
 import tarfile
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -58,10 +59,12 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
     Raises:
         RefusedFileError: it holds other objects, a TorchScript program, or is a tar archive, which
             torch before 2.6 unpacks whatever is in it (CVE-2025-32434).
+        ValueError: a part of it does not fit its checksum.
         Exception: whatever torch raises for a damaged file.
     """
     name = os.fspath(path)
     _refuse_archives(name)
+    _check_sums(name)
     try:
         with safe_numpy_load():
             return torch.load(name, map_location="cpu", weights_only=True)
@@ -70,6 +73,22 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
             f"{name} is no file of tensors and numpy arrays alone: {_reason(error)}. Nothing in it "
             f"was run. {_CONVERT}."
         ) from error
+
+
+def _check_sums(name: str) -> None:
+    """Compare the parts of a zip archive with their checksums, which torch does not look at."""
+    if not zipfile.is_zipfile(name):
+        return
+    with zipfile.ZipFile(name) as archive:
+        try:
+            damaged = archive.testzip()
+        except zipfile.BadZipFile as error:
+            damaged = str(error)
+    if damaged is not None:
+        raise ValueError(
+            f"{name} is damaged: {damaged} does not fit its checksum. Take another copy of it, or "
+            "the checkpoint before it."
+        )
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
