@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,14 @@ class TestSafeLoad:
             assert torch.load(path, weights_only=True)["w"].sum() == 3
         names = {f"{item.__module__}.{item.__name__}" for item in given}
         assert {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"} <= names
+
+
+def test_users_do_not_see_a_warning_about_detectron2s_anchors() -> None:
+    script = """
+import kd_det, torch
+from detectron2.modeling.anchor_generator import _create_grid_offsets
+_create_grid_offsets([4, 4], 8, 0.5, "cpu")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "meshgrid" not in done.stderr

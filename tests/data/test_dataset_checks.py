@@ -67,7 +67,7 @@ def test_masks_are_needed_by_models_of_masks_alone(tmp_path: Path, cfg: CfgNode,
 
 def test_an_unknown_name(cfg: CfgNode) -> None:
     cfg.DATASETS.TEST = ("nowhere",)
-    with pytest.raises(KeyError, match="'nowhere' is not registered"):
+    with pytest.raises(KeyError, match=r"'nowhere' is not registered; the nearest valid names are"):
         check_datasets(cfg)
 
 
