@@ -10,6 +10,7 @@ To change more than a config can, copy this file and override what you need.
 
 from typing import Any
 
+from kd_det.engine.console import plain_errors
 from kd_det.engine.job import Job
 from kd_det.engine.launch import launch
 from kd_det.engine.main import evaluate, set_up, train
@@ -39,4 +40,6 @@ def run(job: Job) -> Any:
 
 if __name__ == "__main__":
     # Detectron2's arguments. Starts a process per GPU; under torchrun joins those that are there.
-    launch(run, Job.from_command_line())
+    # An error ends it with its message; the traceback is in OUTPUT_DIR/log.txt.
+    with plain_errors():
+        launch(run, Job.from_command_line())

@@ -72,6 +72,8 @@ def install() -> None:
     # Detectron2 scripts a few functions at import; nothing a user of kd_det could change.
     warnings.filterwarnings("ignore", message=r"`torch\.jit", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
+    # Its anchor generators call it without `indexing`, which stays what it was.
+    warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
     from PIL import Image
 
     if not hasattr(Image, "LINEAR"):
@@ -97,20 +99,35 @@ def _settle_focal_loss() -> None:
     sigmoid_focal_loss_jit(logits, targets, alpha=0.25, gamma=2.0, reduction="sum").backward()
 
 
-def _numpy_globals() -> list[Any]:
-    """Types a checkpoint with numpy arrays or numpy scalars refers to; all are plain data."""
-    multiarray = getattr(np, "_core", None) or np.core
-    names = {
-        "_reconstruct": multiarray.multiarray._reconstruct,
-        "scalar": multiarray.multiarray.scalar,
-    }
-    out: list[Any] = [np.ndarray, np.dtype]
+def numpy_rebuilders() -> dict[str, Any]:
+    """Return what a file with numpy arrays or scalars refers to, by full name; all plain data."""
+    core: Any = getattr(np, "_core", None) or np.core
+    out: dict[str, Any] = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
     # numpy moved the module in 2.0; a file written before names the old place.
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        out += [(value, f"{module}.{key}") for key, value in names.items()]
-    out += [
-        type(np.dtype(kind)) for kind in ("bool", "i1", "u1", "i2", "i4", "i8", "f2", "f4", "f8")
-    ]
+    for package in ("numpy.core", "numpy._core"):
+        out[f"{package}.multiarray._reconstruct"] = core.multiarray._reconstruct
+        out[f"{package}.multiarray.scalar"] = core.multiarray.scalar
+        out[f"{package}.numeric._frombuffer"] = core.numeric._frombuffer
+    return out
+
+
+class _Named:
+    """A function under the name that files give it; torch 2.4 looks functions up by their own."""
+
+    def __init__(self, function: Any, full_name: str) -> None:
+        self._function = function
+        self.__module__, self.__name__ = full_name.rsplit(".", 1)
+        self.__qualname__ = self.__name__
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+
+def _numpy_globals() -> list[Any]:
+    kinds = ("bool", "i1", "u1", "i2", "i4", "i8", "f2", "f4", "f8")
+    out: list[Any] = [type(np.dtype(kind)) for kind in kinds]
+    for name, value in numpy_rebuilders().items():
+        out.append(value if isinstance(value, type) else _Named(value, name))
     return out
 
 
@@ -120,10 +137,14 @@ def safe_numpy_load() -> Iterator[None]:
     Let `torch.load(weights_only=True)` read numpy arrays, and nothing else, inside the context.
 
     Model-zoo files hold numpy arrays, which the safe unpickler refuses by default. The safety
-    itself stays on.
+    itself stays on, provided that `weights_only=True` is given: torch before 2.6 has another
+    default.
     """
-    if not hasattr(torch.serialization, "safe_globals"):
-        yield  # an older torch, which refuses nothing by default
-        return
-    with torch.serialization.safe_globals(_numpy_globals()):
+    serialization = torch.serialization
+    before = list(serialization.get_safe_globals())
+    serialization.add_safe_globals([*_numpy_globals()])
+    try:
         yield
+    finally:
+        serialization.clear_safe_globals()
+        serialization.add_safe_globals(before)

@@ -106,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Return the mapping in a file; None where there is no such file, or not a whole one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

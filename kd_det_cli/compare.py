@@ -43,7 +43,9 @@ def run(args: argparse.Namespace, argv: Sequence[str], runner: Sequence[str] | N
         return _stop(str(error.args[0]), 2)
     try:
         report = comparison.carry_out(shown_command("kd-det compare", argv))
-    except (RecipeError, RunFailed, OSError) as error:
+    except RecipeError as error:
+        return _stop(str(error), 2)
+    except (RunFailed, OSError) as error:
         return _stop(str(error), 1)
     except KeyboardInterrupt:
         return _stop("Interrupted. Repeat the same command to continue.", 130)

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,36 @@ class TestSafeLoad:
         with pytest.raises(Exception, match=r"[Ww]eights.?only"):
             torch.load(path, weights_only=True)
 
-    def test_a_torch_that_refuses_nothing_needs_no_permission(
-        self, monkeypatch: pytest.MonkeyPatch
+    def test_leaves_other_permissions_as_they_were(self, tmp_path: Path) -> None:
+        path = self.save(tmp_path, {"model": Arbitrary()})
+        with torch.serialization.safe_globals([Arbitrary]):
+            with compat.safe_numpy_load():
+                pass
+            assert torch.load(path, weights_only=True)["model"].value == 1
+
+    def test_needs_no_more_than_torch_2_4_has(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """It has no `safe_globals`, and looks a function up by its own module and name alone."""
+        given: list[Any] = []
+        add = torch.serialization.add_safe_globals
         monkeypatch.delattr(torch.serialization, "safe_globals")
+        monkeypatch.setattr(
+            torch.serialization, "add_safe_globals", lambda new: (given.extend(new), add(new))
+        )
+        path = self.save(tmp_path, {"w": np.ones(3)})
         with compat.safe_numpy_load():
-            pass
+            assert torch.load(path, weights_only=True)["w"].sum() == 3
+        names = {f"{item.__module__}.{item.__name__}" for item in given}
+        assert {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"} <= names
+
+
+def test_users_do_not_see_a_warning_about_detectron2s_anchors() -> None:
+    script = """
+import kd_det, torch
+from detectron2.modeling.anchor_generator import _create_grid_offsets
+_create_grid_offsets([4, 4], 8, 0.5, "cpu")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "meshgrid" not in done.stderr

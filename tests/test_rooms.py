@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "kd_det"
 # Each room may import those before it. Rooms of one line know nothing of each other.
 TIERS = [
     ["compat", "files", "text"],
+    ["reading"],
     ["functional", "zoo"],
     ["distillers", "modeling", "data", "evaluation"],
     ["config"],

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd_det.checkpoint.finite import refuse_non_finite
 from kd_det.checkpoint.state import KDState, student_of
-from kd_det.compat import safe_numpy_load
 from kd_det.distillation.teacher import RecordingCheckpointer
 from kd_det.files import write_text, write_whole
+from kd_det.reading import load_tensors
 
 _logger = logging.getLogger(__name__)
 
@@ -26,16 +27,21 @@ class KDCheckpointer(RecordingCheckpointer):
 
     def __init__(self, model: nn.Module, save_dir: str = "", **checkpointables: Any) -> None:
         super().__init__(student_of(model), save_dir, kd=KDState(model), **checkpointables)
+        self._trained = model
+        #: The file that `resume` went on from.
+        self.resumed_from = ""
 
     def save(self, name: str, **kwargs: Any) -> None:
         """
         Write `<name>.pth`, whole or not at all.
 
         Raises:
+            FloatingPointError: the model holds NaN or infinity; nothing is written.
             OSError: the disk is full; the message names the file and the bytes.
         """
         if not self.save_dir or not self.save_to_disk:
             return
+        refuse_non_finite(self._trained, f"{name}.pth")
         data = {"model": self.model.state_dict(), **kwargs}
         data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
         path = os.path.join(self.save_dir, f"{name}.pth")
@@ -89,11 +95,29 @@ class KDCheckpointer(RecordingCheckpointer):
         Raises:
             RuntimeError: there are checkpoints, and none is readable.
         """
+        found = self._last_readable()
+        if found is None:
+            return False
+        self._restore(*found)
+        self.resumed_from = found[0]
+        return True
+
+    def last_readable(self) -> str:
+        """
+        Return the last checkpoint of the output folder that can be read; "" where there is none.
+
+        Raises:
+            RuntimeError: there are checkpoints, and none is readable.
+        """
+        found = self._last_readable()
+        return found[0] if found else ""
+
+    def _last_readable(self) -> tuple[str, dict[str, Any]] | None:
+        """Return path and content of the newest good checkpoint."""
         candidates = self._newest_first()
         for path in candidates:
             try:
-                with safe_numpy_load():
-                    checkpoint = torch.load(path, map_location="cpu")
+                return path, load_tensors(path)
             except Exception as error:  # whatever a damaged file raises
                 _logger.warning(
                     "Checkpoint %s is damaged (%s: %s); trying the one before it.",
@@ -101,15 +125,12 @@ class KDCheckpointer(RecordingCheckpointer):
                     type(error).__name__,
                     str(error).split("\n")[0],
                 )
-                continue
-            self._restore(path, checkpoint)
-            return True
         if candidates:
             raise RuntimeError(
                 f"None of the checkpoints to resume from is readable: {', '.join(candidates)}. "
                 "Remove them and start afresh without --resume."
             )
-        return False
+        return None
 
     def _restore(self, path: str, checkpoint: dict[str, Any]) -> None:
         absent = [key for key in self.checkpointables if key not in checkpoint]
@@ -138,8 +159,17 @@ class KDCheckpointer(RecordingCheckpointer):
             return []
         files = [f for f in os.listdir(self.save_dir) if re.fullmatch(r"model_(\d+|final)\.pth", f)]
         files.sort(key=lambda f: (f == "model_final.pth", f), reverse=True)
-        last = os.path.basename(self.get_checkpoint_file())
+        last = self._tagged()
         if last in files:
             files.remove(last)
+        if last:
             files.insert(0, last)
         return [os.path.join(self.save_dir, f) for f in files]
+
+    def _tagged(self) -> str:
+        """Return the name of the file that is tagged as the last, if there is such a file."""
+        try:
+            name = os.path.basename(self.get_checkpoint_file())
+        except ValueError:  # the tag is no text
+            return ""
+        return name if os.path.isfile(os.path.join(self.save_dir, name)) else ""

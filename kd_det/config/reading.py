@@ -6,7 +6,6 @@ nearest valid ones) and resolves the paths a file names against that file's own 
 """
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from detectron2.config import CfgNode, get_cfg
 from kd_det.config.keys import add_kd_config, add_labelled_nodes
 from kd_det.config.plugins import import_plugins
 from kd_det.config.roles import is_distillation
+from kd_det.config.safe_yaml import parse_yaml
 from kd_det.text import nearest
 
 CN = CfgNode
@@ -158,7 +158,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         )
     try:
         with open(path, encoding="utf-8") as file:
-            content = _parse_yaml(file.read(), path)
+            content = parse_yaml(file.read(), path)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"{path} is not a yaml config file ({type(error).__name__}). If it is a checkpoint, "
@@ -176,15 +176,6 @@ def _read_whole_numbers(content: dict[str, Any], cfg: Mapping[str, Any]) -> None
             _read_whole_numbers(value, cfg[key])
         elif isinstance(cfg[key], float) and type(value) is int:
             content[key] = float(value)
-
-
-def _parse_yaml(text: str, path: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.constructor.ConstructorError:
-        # Detectron2's own RetinaNet files compute anchor sizes with a Python tag; it reads them so.
-        warnings.warn(f"{path} has Python tags in its yaml; they are executed.", stacklevel=2)
-        return yaml.unsafe_load(text)
 
 
 def _leaves(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

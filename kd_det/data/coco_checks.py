@@ -1,17 +1,29 @@
 """What must hold of a data set in COCO format before a run begins on it."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from kd_det.data.annotation_checks import find_problem
+from kd_det.data.annotation_file import (
+    check_categories,
+    check_entries,
+    is_whole,
+    read_annotation_file,
+    shown,
+)
 
 # The metrics read area and iscrowd of every object, but only after hours of training.
 _OF_IMAGES = ("id", "file_name", "width", "height")
 _OF_ANNOTATIONS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+# A JPEG has no longer side, and the pixels of an image fit the 32 bits of a run length.
+_MAX_SIDE = 65_535
 
 
-def check_coco(name: str, json_file: Path, images: Path) -> None:
+def check_coco(
+    name: str, json_file: Path, images: Path, *, masks: bool = False, keypoints: bool = False
+) -> None:
     """
     Check an annotation file and the presence of its images. Pixels are not read.
 
@@ -19,63 +31,79 @@ def check_coco(name: str, json_file: Path, images: Path) -> None:
         name: of the data set, for messages.
         json_file: annotation file in COCO format.
         images: folder that its file names are relative to.
+        masks: every object needs a segmentation, since the model learns or predicts masks.
+        keypoints: every object needs keypoints.
 
     Raises:
         FileNotFoundError: the file or an image is missing.
         ValueError: not JSON, no images, no categories, an id that occurs twice or refers to
-            nothing, or an object without what training and evaluation read.
+            nothing, an object without what training and evaluation read, or a number that is none
+            or far off the image. The message names file, entry, what was found and what to change.
     """
     where = f"data set {name!r} ({json_file})"
-    if not json_file.is_file():
-        raise FileNotFoundError(f"{where}: there is no such annotation file")
     try:
-        content = json.loads(json_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{where} is not a JSON file: {error}") from error
-    if not isinstance(content, dict) or not content.get("images"):
+        content = read_annotation_file(json_file)
+    except (FileNotFoundError, ValueError) as error:
+        # The message starts with the file.
+        raise type(error)(f"{where}{str(error).removeprefix(str(json_file))}") from error
+    if not content.get("images"):
         raise ValueError(f"{where} is empty: it lists no images")
-    if not content.get("categories"):
-        raise ValueError(f"{where} lists no categories")
+    check_categories(where, content.get("categories"))
+    check_entries(where, "image", content["images"], _OF_IMAGES)
+    _check_image_entries(where, content["images"])
     # Without "annotations" the file describes a test set: images to predict on.
     annotations = content.get("annotations", [])
-    _check_entries(where, "image", content["images"], _OF_IMAGES)
-    _check_entries(where, "category", content["categories"], ("id", "name"))
-    _check_entries(where, "annotation", annotations, _OF_ANNOTATIONS)
-    _check_annotations(where, content, annotations)
-    _check_images(where, images, [str(image["file_name"]) for image in content["images"]])
+    check_entries(where, "annotation", annotations, _OF_ANNOTATIONS)
+    _check_annotations(where, content, annotations, masks=masks, keypoints=keypoints)
+    _check_images(where, images, [image["file_name"] for image in content["images"]])
 
 
-def _check_entries(
-    where: str, kind: str, entries: Sequence[Mapping[str, Any]], needed: Sequence[str]
-) -> None:
-    seen: set[Any] = set()
-    for entry in entries:
-        missing = [key for key in needed if key not in entry]
-        if missing:
-            raise ValueError(f"{where}: {kind} {entry.get('id')} lacks {missing} of {list(needed)}")
-        if entry["id"] in seen:
-            raise ValueError(f"{where}: two entries have the {kind} id {entry['id']}")
-        seen.add(entry["id"])
+def _check_image_entries(where: str, entries: Sequence[Mapping[str, Any]]) -> None:
+    if len({type(image["id"]) for image in entries}) > 1:
+        raise ValueError(f"{where}: some image ids are numbers, others texts; use one of them")
+    for image in entries:
+        for key in ("width", "height"):
+            if not (is_whole(image[key]) and 1 <= image[key] <= _MAX_SIDE):
+                raise ValueError(
+                    f"{where}: image {image['id']} ({shown(image['file_name'])}) has {key} "
+                    f"{shown(image[key])}; expected its {key} in pixels, a whole number from 1 to "
+                    f"{_MAX_SIDE}"
+                )
+        if not isinstance(image["file_name"], str) or not image["file_name"].strip("./"):
+            raise ValueError(
+                f"{where}: image {image['id']} has file_name {shown(image['file_name'])}; expected "
+                "a path relative to the folder of images"
+            )
 
 
 def _check_annotations(
-    where: str, content: Mapping[str, Any], annotations: Sequence[Mapping[str, Any]]
+    where: str,
+    content: Mapping[str, Any],
+    annotations: Sequence[Mapping[str, Any]],
+    *,
+    masks: bool,
+    keypoints: bool,
 ) -> None:
     categories = sorted(category["id"] for category in content["categories"])
     valid_categories = set(categories)
-    valid_images = {image["id"] for image in content["images"]}
-
-    def fail(annotation: Mapping[str, Any], problem: str) -> NoReturn:
-        raise ValueError(f"{where}: annotation {annotation['id']} {problem}")
-
+    images = {image["id"]: image for image in content["images"]}
     for annotation in annotations:
-        if annotation["category_id"] not in valid_categories:
-            found = annotation["category_id"]
-            fail(annotation, f"has category_id {found}; the file's categories are {categories}")
-        if annotation["image_id"] not in valid_images:
-            fail(annotation, f"has image_id {annotation['image_id']}, which the file does not list")
-        if len(annotation["bbox"]) != 4 or min(annotation["bbox"][2:]) < 0:
-            fail(annotation, f"has bbox {annotation['bbox']}; expected [x, y, width, height]")
+        category, image_id = annotation["category_id"], annotation["image_id"]
+        image = images.get(image_id) if isinstance(image_id, int | str) else None
+        if not is_whole(annotation["id"]):
+            problem = f"has an id that is no whole number ({shown(annotation['id'])})"
+        elif not is_whole(category) or category not in valid_categories:
+            problem = f"has category_id {shown(category)}; the file's categories are {categories}"
+        elif image is None:
+            problem = f"has image_id {shown(image_id)}, which the file does not list"
+        else:
+            problem = find_problem(annotation, image, masks=masks, keypoints=keypoints)
+        if problem:
+            place = f" of image {image_id} ({image['file_name']})" if image else ""
+            raise ValueError(
+                f"{where}: annotation {shown(annotation['id'])} {problem}. Correct this annotation"
+                f"{place}, or take it out of the file."
+            )
 
 
 def _check_images(where: str, images: Path, names: Sequence[str]) -> None:
@@ -85,10 +113,17 @@ def _check_images(where: str, images: Path, names: Sequence[str]) -> None:
         path = images / name
         by_folder.setdefault(path.parent, []).append(path.name)
     for folder, expected in by_folder.items():
-        present = set(os.listdir(folder)) if folder.is_dir() else set()
+        present = _listing(folder)
         missing = [file for file in expected if file not in present]
         if missing:
             raise FileNotFoundError(
                 f"{where}: {len(missing)} of {len(expected)} images are missing from {folder}, "
-                f"the first is {missing[0]}"
+                f"the first is {missing[0][:200]}"
             )
+
+
+def _listing(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except (OSError, ValueError):  # no such folder, or a name that no folder can have
+        return set()

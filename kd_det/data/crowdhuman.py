@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from kd_det.data.annotation_checks import REACH, within
 from kd_det.data.synthetic_crowd import make_synthetic_crowd
 from kd_det.files import cache_root, write_text
 
@@ -38,16 +38,16 @@ _TINY_FOLDER = "crowd_tiny_v1"
 
 _EXIF_ORIENTATION = 0x0112
 
+# Pixels; how far a box may be from its own image is known when the image's size is.
+_FARTHEST = 1e6
+
 
 def _read_box(box: Any, where: str) -> dict[str, Any]:
     if not isinstance(box, dict) or "tag" not in box or "fbox" not in box:
         found = sorted(box) if isinstance(box, dict) else box
         raise ValueError(f'{where}: found {found}; expected at least "tag" and "fbox"')
     fbox = box["fbox"]
-    numbers = isinstance(fbox, list) and all(
-        type(value) in (int, float) and math.isfinite(value) for value in fbox
-    )
-    if not numbers or len(fbox) != 4:
+    if not isinstance(fbox, list) or len(fbox) != 4 or not within(fbox, -_FARTHEST, _FARTHEST):
         raise ValueError(f"{where}: fbox is {fbox}; expected four finite numbers x, y, w, h")
     extra = box.get("extra", {})
     ignore = extra.get("ignore", 0) if isinstance(extra, dict) else None
@@ -73,7 +73,7 @@ def _read_odgt(odgt_file: Path) -> dict[str, list[dict[str, Any]]]:
             where = f"{odgt_file}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:  # no UTF-8, or no JSON
+            except (ValueError, RecursionError) as error:  # no UTF-8, or no JSON
                 raise ValueError(
                     f"{where}: no JSON ({error}); expected {_EXPECTED_LINE}"
                 ) from error
@@ -84,6 +84,8 @@ def _read_odgt(odgt_file: Path) -> dict[str, list[dict[str, Any]]]:
                 raise ValueError(
                     f"{where}: gtboxes is {record['gtboxes']!r}; expected {_EXPECTED_LINE}"
                 )
+            if type(record["ID"]) not in (int, str):
+                raise ValueError(f"{where}: ID is {record['ID']!r}; expected the image's name")
             image_id = str(record["ID"])
             if image_id in annotations:
                 raise ValueError(
@@ -102,9 +104,16 @@ def _read_odgt(odgt_file: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _read_size(file: Path) -> tuple[int, int]:
     """Width and height as Detectron2 sees the image, which it turns upright by its EXIF tag."""
-    with Image.open(file) as image:
-        width, height = image.size
-        turned = image.getexif().get(_EXIF_ORIENTATION, 1) >= 5
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            turned = image.getexif().get(_EXIF_ORIENTATION, 1) >= 5
+    # What Pillow raises for broken files; a broken PNG gives a SyntaxError.
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"cannot read the size of {file}: {error}; replace the image, or take its line out of "
+            "the annotation file"
+        ) from error
     return (height, width) if turned else (width, height)
 
 
@@ -123,13 +132,13 @@ def _image_sizes(files: dict[str, Path], sidecar: Path) -> dict[str, tuple[int, 
     for image_id, file in files.items():
         try:
             length = file.stat().st_size
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a ValueError: a name that no file can have
             raise FileNotFoundError(
                 f"no image {file} for ID {image_id!r}; expected every image of the annotation "
                 f"file as {{ID}}.jpg in {file.parent}"
             ) from error
-        entry = known.get(image_id)
-        if not isinstance(entry, list) or len(entry) != 3 or entry[0] != length:
+        entry: Any = known.get(image_id)
+        if not _is_entry(entry) or entry[0] != length:
             entry = [length, *_read_size(file)]
         entries[image_id] = entry
     if entries != known:
@@ -140,6 +149,23 @@ def _image_sizes(files: dict[str, Path], sidecar: Path) -> dict[str, tuple[int, 
                 "Image sizes are not remembered, reading them takes as long next time: %s", error
             )
     return {image_id: (width, height) for image_id, (_, width, height) in entries.items()}
+
+
+def _is_entry(entry: Any) -> bool:
+    whole = isinstance(entry, list) and all(type(value) is int and value > 0 for value in entry)
+    return whole and len(entry) == 3
+
+
+def _check_reach(where: str, box: dict[str, Any], width: int, height: int) -> None:
+    x, y, w, h = box["bbox"]
+    side = max(width, height)
+    reach = REACH * side
+    if min(x, y) < -reach or max(x + w, y + h) > side + reach:
+        raise ValueError(
+            f"{where} has the fbox {box['bbox']}, far off its image of {width} x {height} pixels; "
+            f"expected [x, y, w, h] in pixels, from {-reach} to {side + reach}. Correct the box or "
+            "take it out"
+        )
 
 
 def load_crowdhuman(odgt_file: StrPath, image_root: StrPath) -> list[dict[str, Any]]:
@@ -168,7 +194,8 @@ def load_crowdhuman(odgt_file: StrPath, image_root: StrPath) -> list[dict[str, A
     dataset, num_outside = [], 0
     for image_id, boxes in annotations.items():
         width, height = sizes[image_id]
-        for box in boxes:
+        for position, box in enumerate(boxes):
+            _check_reach(f"{odgt_file}: box {position} of {image_id!r}", box, width, height)
             x, y, w, h = box["bbox"]
             inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
             if not inside and not box["iscrowd"]:

@@ -6,6 +6,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 
+from kd_det.data.dataset_checks import check_proposals
+
 
 def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
     """
@@ -16,6 +18,7 @@ def load_training_set(cfg: CfgNode) -> list[dict[str, Any]]:
     """
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty; name the data sets to train on.")
+    check_proposals(cfg)
     try:
         dataset: list[dict[str, Any]] = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,

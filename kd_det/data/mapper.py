@@ -8,6 +8,7 @@ import torch
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
+from PIL import Image
 
 
 class CheckedDatasetMapper(DatasetMapper):
@@ -25,19 +26,26 @@ class CheckedDatasetMapper(DatasetMapper):
         Map one record of a data set to a model input.
 
         Raises:
-            RuntimeError: the image is missing, truncated or no image.
+            RuntimeError: the image is missing, truncated, no image, or resized to nothing.
         """
         crowds = [a for a in dataset_dict.get("annotations", []) if a.get("iscrowd", 0)]
         original, recorder = self.augmentations, _Recorder(self.augmentations)
         self.augmentations = recorder
         try:
             mapped: dict[str, Any] = super().__call__(dataset_dict)
-        # What Pillow raises for broken files; a broken PNG gives a SyntaxError.
-        except (OSError, SyntaxError) as error:
+        # What Pillow raises for broken files; a broken PNG gives a SyntaxError, one that is made to
+        # fill the memory a DecompressionBombError.
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             file_name = dataset_dict["file_name"]
             raise RuntimeError(
                 f"cannot read {file_name} of data set {_origin(file_name)}: {error}; replace the "
                 "file, or take its image out of the annotation file"
+            ) from error
+        except _NotAugmentedError as error:
+            file_name = dataset_dict["file_name"]
+            raise RuntimeError(
+                f"cannot resize {file_name} of data set {_origin(file_name)}, {error}; take its "
+                "image out of the annotation file, or change INPUT.MIN_SIZE_* and INPUT.MAX_SIZE_*"
             ) from error
         finally:
             self.augmentations = original
@@ -48,6 +56,10 @@ class CheckedDatasetMapper(DatasetMapper):
         return mapped
 
 
+class _NotAugmentedError(ValueError):
+    """An image cannot be augmented; says of which size it is."""
+
+
 class _Recorder:
     """Augments, and remembers the transforms that came of it."""
 
@@ -56,7 +68,11 @@ class _Recorder:
         self.transforms: T.TransformList | None = None
 
     def __call__(self, aug_input: Any) -> Any:
-        self.transforms = self._augmentations(aug_input)
+        height, width = aug_input.image.shape[:2]
+        try:
+            self.transforms = self._augmentations(aug_input)
+        except ValueError as error:
+            raise _NotAugmentedError(f"{width} x {height} pixels: {error}") from error
         return self.transforms
 
 

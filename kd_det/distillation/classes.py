@@ -1,13 +1,14 @@
 """Which classes a model predicts, and whether two models predict the same ones."""
 
 import itertools
-import json
 import os
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from torch import nn
 
+from kd_det.data.annotation_file import read_class_names
 from kd_det.text import some
 
 
@@ -62,7 +63,5 @@ def class_names(cfg: CfgNode) -> list[str]:
     file = metadata.get("json_file") or next(listed, None)
     if names is None and file and os.path.isfile(file):
         # Detectron2 fills the names in when the set is loaded, in the order of the category ids.
-        with open(file, encoding="utf-8") as handle:
-            categories = json.load(handle).get("categories", [])
-        names = [item["name"] for item in sorted(categories, key=lambda item: item["id"])]
+        names = read_class_names(Path(file))
     return list(names or [])

@@ -19,12 +19,12 @@ from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import build_model
 from torch import nn
 
-from kd_det.compat import safe_numpy_load
 from kd_det.config import is_distillation, load_config, student_cfg
 from kd_det.distillation.capture import Captures, FeatureCapture
 from kd_det.distillation.classes import check_same_classes
 from kd_det.distillation.views import View
 from kd_det.files import sha256_of
+from kd_det.reading import load_checkpoint
 from kd_det.text import some
 
 _logger = logging.getLogger(__name__)
@@ -199,13 +199,12 @@ def other_channel_order(student: str, teacher: str) -> bool:
 
 
 class RecordingCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, reading numpy safely and remembering which keys did not match."""
+    """Detectron2's checkpointer, which runs nothing it reads and keeps what did not match."""
 
     incompatible: Any = None
 
     def _load_file(self, filename: str) -> Any:
-        with safe_numpy_load():
-            return super()._load_file(filename)
+        return load_checkpoint(filename)
 
     def _load_model(self, checkpoint: Any) -> Any:
         self.incompatible = super()._load_model(checkpoint)

@@ -44,11 +44,8 @@ from kd_det.functional.level_grid import (
     split_levels,
     to_device,
 )
-from kd_det.functional.pgd import (
-    MaskScope,
-    classification_terms,
-    regression_terms,
-)
+from kd_det.functional.pgd import MaskScope, classification_terms, count_selected, regression_terms
+from kd_det.functional.reduce import mean_over_processes
 
 
 @dataclass(frozen=True)
@@ -249,12 +246,14 @@ class PGD(Distiller):
         return torch.stack(losses).sum()
 
     def _regression(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:
-        losses = []
-        for pair in pairs:
-            importance = _on_grid(masks.reg, pair, strides)
-            terms = regression_terms(pair.student, pair.teacher, importance, tau=self.tau)
-            losses.append(terms.weighted(self.gamma, self.delta))
-        return torch.stack(losses).sum()
+        importances = [_on_grid(masks.reg, pair, strides) for pair in pairs]
+        # Of all processes, each object weighs the same: one exchange for all levels.
+        counts = mean_over_processes(torch.stack([count_selected(x) for x in importances]))
+        terms = (
+            regression_terms(pair.student, pair.teacher, importance, tau=self.tau, count=count)
+            for pair, importance, count in zip(pairs, importances, counts, strict=True)
+        )
+        return torch.stack([term.weighted(self.gamma, self.delta) for term in terms]).sum()
 
 
 def _expect_choice(key: str, value: str, choices: Sequence[str]) -> None:

@@ -10,6 +10,8 @@ from detectron2.engine import SimpleTrainer
 from detectron2.engine.train_loop import TrainerBase
 from torch import Tensor, nn
 
+from kd_det.engine.divergence import describe_non_finite, explained
+
 
 class TrainingLoop(SimpleTrainer):
     """
@@ -42,6 +44,7 @@ class TrainingLoop(SimpleTrainer):
         self.optimizer = optimizer
         self.gather_metric_period = 1  # later versions of `SimpleTrainer` read it
         self._batches: Iterator[Any] | None = None
+        self._last_losses: dict[str, float] = {}
         self._device_type = next(model.parameters()).device.type
         self._amp_dtype = torch.float16 if self._device_type == "cuda" else torch.bfloat16
         self._amp = amp
@@ -61,7 +64,7 @@ class TrainingLoop(SimpleTrainer):
         batch = next(self._batches)
         data_time = time.perf_counter() - start
 
-        with self._autocast():
+        with self._autocast(), explained(self.iter, self._last_losses, batch):
             loss_dict: dict[str, Tensor] = self.model(batch)
             losses: Any = sum(loss_dict.values())
         self.optimizer.zero_grad()
@@ -81,15 +84,9 @@ class TrainingLoop(SimpleTrainer):
 
     def _check_finite(self, losses: dict[str, Tensor], batch: Sequence[dict[str, Any]]) -> None:
         values = torch.stack([value.detach().float() for value in losses.values()]).tolist()
-        named = dict(zip(losses, values, strict=True))
-        broken = {k: v for k, v in named.items() if not abs(v) < float("inf")}
-        if broken:
-            images = [item.get("image_id", item.get("file_name", "?")) for item in batch]
-            raise FloatingPointError(
-                f"Not finite at iteration {self.iter}: {broken}. Images of the batch: {images}. "
-                f"All losses: {named}. Lower SOLVER.BASE_LR, clip gradients "
-                "(SOLVER.CLIP_GRADIENTS.ENABLED True), or look at these images' annotations."
-            )
+        self._last_losses = dict(zip(losses, values, strict=True))
+        if problem := describe_non_finite(self.iter, self._last_losses, batch):
+            raise FloatingPointError(problem)
 
     def state_dict(self) -> dict[str, Any]:
         """Return iteration, optimizer and loss scale."""

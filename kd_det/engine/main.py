@@ -4,8 +4,6 @@ From the command line to a trained or evaluated model; `train_net.py` is made of
 
 import functools
 import logging
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,21 +12,25 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from kd_det.checkpoint import KDCheckpointer
-from kd_det.config import is_distillation
-from kd_det.data import register_from_config
-from kd_det.distillation.teacher import teacher_config, teacher_weights
+from kd_det.distillation.teacher import teacher_weights
+from kd_det.engine.console import settle_handlers
+from kd_det.engine.folder_lock import claimed
 from kd_det.engine.job import Job
 from kd_det.engine.launch import launch
+from kd_det.engine.rehearsal import (
+    TrainerClass,
+    absent_teacher,
+    check_before_training,
+    prepare,
+)
 from kd_det.engine.run_files import write_result
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.files import read_json
 
 _logger = logging.getLogger("kd_det.engine")
-TrainerClass = type[DistillationTrainer]
 
 
 def main(argv: Sequence[str] | None = None, trainer: TrainerClass = DistillationTrainer) -> Any:
@@ -67,9 +69,13 @@ def set_up(job: Job) -> CfgNode:
         FileNotFoundError, KeyError, ValueError: from the config and its data sets.
     """
     cfg = job.cfg
-    _prepare(cfg)
+    prepare(cfg)
+    # Detectron2's set-up makes no second handlers, and logs the config in colours.
+    for name in ("fvcore", "kd_det"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
+    settle_handlers()
     default_setup(cfg, job.args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_det")
     return cfg
 
 
@@ -84,27 +90,34 @@ def train(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, resume: 
 
     Returns:
         Metrics by task of the final evaluation.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: config or data cannot be trained on; of the teacher
+            and the student, before either is trained.
     """
+    check_before_training(cfg, trainer)
+    return _train(cfg, trainer, resume=resume)
+
+
+def _train(cfg: CfgNode, trainer: TrainerClass, *, resume: bool) -> Any:
     train_missing_teacher(cfg, trainer)
-    if cfg.SEED >= 0:
-        seed_all_rng(cfg.SEED + comm.get_rank())
-    training = trainer(cfg)
-    training.resume_or_load(resume=resume)
-    return training.train()
+    with claimed(cfg.OUTPUT_DIR):
+        if cfg.SEED >= 0:
+            seed_all_rng(cfg.SEED + comm.get_rank())
+        training = trainer(cfg)
+        training.resume_or_load(resume=resume)
+        return training.train()
 
 
 def train_missing_teacher(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer) -> None:
     """Train the teacher where KD.TEACHER.WEIGHTS "auto" finds no checkpoint."""
-    wanted = is_distillation(cfg) and (cfg.KD.DISTILLERS or cfg.KD.INHERIT)
-    if not wanted or cfg.KD.TEACHER.WEIGHTS != "auto":
+    own_cfg = absent_teacher(cfg)
+    if own_cfg is None:
         return
-    own_cfg = teacher_config(cfg)
     weights = teacher_weights(cfg, own_cfg)
-    if os.path.isfile(weights):
-        return
     _logger.warning("The teacher has no checkpoint %s yet: training it first.", weights)
-    _prepare(own_cfg)
-    train(own_cfg, trainer, resume=True)
+    prepare(own_cfg)
+    _train(own_cfg, trainer, resume=True)
     comm.synchronize()  # the main process has written the file
     _logger.warning("The teacher is trained (%s); now the student.", weights)
 
@@ -120,6 +133,7 @@ def evaluate(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, last:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        RuntimeError: there are checkpoints in OUTPUT_DIR, and none is readable.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -128,9 +142,7 @@ def evaluate(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, last:
     cfg.MODEL.TIMM.PRETRAINED, cfg.MODEL.TIMM.WEIGHTS = False, ""
     model = trainer.build_model(cfg)
     checkpointer = KDCheckpointer(model, cfg.OUTPUT_DIR)
-    weights = cfg.MODEL.WEIGHTS
-    if checkpointer.has_checkpoint() and last:
-        weights = checkpointer.get_checkpoint_file()
+    weights = (checkpointer.last_readable() if last else "") or cfg.MODEL.WEIGHTS
     if not weights:
         raise FileNotFoundError(
             f"Nothing to evaluate: MODEL.WEIGHTS is empty and {cfg.OUTPUT_DIR} holds no checkpoint."
@@ -143,19 +155,3 @@ def evaluate(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, last:
             cfg.OUTPUT_DIR, metrics=metrics, seed=cfg.SEED, iterations=0, sec_per_step=None
         )
     return metrics
-
-
-def _prepare(cfg: CfgNode) -> None:
-    """Register a config's data sets and freeze it; fail now if its results could not be saved."""
-    register_from_config(cfg.KD.DATASETS)
-    folder = cfg.OUTPUT_DIR
-    try:
-        PathManager.mkdirs(folder)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PermissionError(
-            f"OUTPUT_DIR {folder} cannot be written ({error.strerror}); set OUTPUT_DIR to a folder "
-            "that can."
-        ) from error
-    cfg.freeze()

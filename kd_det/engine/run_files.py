@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from detectron2.engine import HookBase
 
-from kd_det.files import write_json
+from kd_det.files import read_json, write_json
 
 
 class ProgressFile(HookBase):
@@ -83,12 +83,14 @@ class RunResult(HookBase):
         if self.trainer.iter < self.trainer.max_iter:
             return
         seconds = self._seconds[self._WARMUP_STEPS :] or self._seconds
+        # A finished run that is evaluated once more takes no step, but has taken them.
+        before = read_json(Path(self._folder, "result.json")) or {}
         write_result(
             self._folder,
             metrics=getattr(self.trainer, "_last_eval_results", {}),
             seed=self._seed,
             iterations=self.trainer.max_iter,
-            sec_per_step=statistics.median(seconds) if seconds else None,
+            sec_per_step=(statistics.median(seconds) if seconds else before.get("sec_per_step")),
         )
 
 

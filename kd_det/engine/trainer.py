@@ -26,9 +26,11 @@ from torch import nn
 from kd_det.checkpoint import KDCheckpointer, student_of
 from kd_det.config import student_cfg
 from kd_det.data import CheckedDatasetMapper
+from kd_det.data.dataset_checks import check_proposals
 from kd_det.data.loading import check_classes, load_training_set
 from kd_det.distillation import DistillationDetector
 from kd_det.distillation.classes import class_count
+from kd_det.engine.ending import StopWhenAsked
 from kd_det.engine.launch import distribute
 from kd_det.engine.loop import TrainingLoop
 from kd_det.engine.optimizer import slow_bottom_up
@@ -38,7 +40,14 @@ from kd_det.evaluation.build import build_evaluator
 _logger = logging.getLogger(__name__)
 # What a step ends with. Evaluating draws random numbers: the state that a checkpoint saves must be
 # the one from which the next step starts. The result needs the last evaluation and all files.
-_LAST_HOOKS = (ProgressFile, EvalHook, PeriodicCheckpointer, PeriodicWriter, RunResult)
+_LAST_HOOKS = (
+    ProgressFile,
+    EvalHook,
+    PeriodicCheckpointer,
+    PeriodicWriter,
+    RunResult,
+    StopWhenAsked,
+)
 
 
 class ResumableSampler(TrainingSampler):
@@ -131,6 +140,7 @@ class DistillationTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Build the loader of a test set; an image that cannot be read is named."""
+        check_proposals(cfg)
         mapper = CheckedDatasetMapper(cfg, False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
@@ -145,6 +155,7 @@ class DistillationTrainer(DefaultTrainer):
         if comm.is_main_process():
             hooks.append(ProgressFile(self.cfg.OUTPUT_DIR))
             hooks.append(RunResult(self.cfg.OUTPUT_DIR, self.cfg.SEED))
+        hooks.append(StopWhenAsked())
         return sorted(hooks, key=_place)  # hooks of one place keep their order
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -169,8 +180,16 @@ class DistillationTrainer(DefaultTrainer):
 
     def train(self) -> dict[str, Any]:
         """Train to the end; return metrics by task of the final evaluation, in the main process."""
+        if self.start_iter >= self.max_iter:
+            self._save_final()
         super().train()
         return getattr(self, "_last_eval_results", {})
+
+    def _save_final(self) -> None:
+        """Write what a run lacks that was stopped after its last step: no step writes it again."""
+        name = "model_final"
+        if os.path.basename(self.checkpointer.resumed_from) != f"{name}.pth":
+            self.checkpointer.save(name, iteration=self.start_iter - 1)
 
     def _plain_model(self) -> nn.Module:
         model: nn.Module = self._trainer.model

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 from kd_det.experiments.figure import draw_report
+from kd_det.experiments.finished import read_result
 from kd_det.experiments.ground_truth import GroundTruth, check_test_set, load_ground_truth
 from kd_det.experiments.pages import markdown
 from kd_det.experiments.plan import Plan, Run, make_plan
 from kd_det.experiments.progress import Display
 from kd_det.experiments.recipe import Recipe, RecipeError, read_recipe
+from kd_det.experiments.rehearsal import rehearse_runs
 from kd_det.experiments.report import Outcome, build_report, read_detections
-from kd_det.experiments.runs import RunFailed, cores, execute, read_result
+from kd_det.experiments.runs import RunFailed, cores, execute
 from kd_det.files import read_json, write_json, write_text, write_whole
 
 
@@ -105,13 +107,14 @@ class Comparison:
             The content of report.json.
 
         Raises:
-            RecipeError: from `check_report`.
+            RecipeError: from `check_report`; or a run would fail, see `rehearse_runs`.
             RunFailed: a run failed, or the folder cannot be written or is taken.
             OSError: the report cannot be written.
             KeyboardInterrupt: interrupted or terminated; the runs were ended.
         """
         with _claimed(self.out), _terminable():
             self.check_report()  # again: another comparison may have ended here meanwhile
+            rehearse_runs([r for r in self.plan.runs if read_result(r) is None], self.out)
             self._execute()
             return self._write(command)
 
@@ -124,6 +127,9 @@ class Comparison:
         display = Display()
         try:
             execute(self.plan.runs, jobs, display)
+            # A teacher that had to be done again makes what it taught before stale.
+            if any(read_result(run) is None for run in self.plan.runs):
+                execute(self.plan.runs, jobs, display)
         finally:
             display.close()
 

@@ -1,13 +1,15 @@
 """
 From a recipe to the training runs it needs: their folders, their order, their command lines.
 
-A run's folder carries a hash of everything that decides its outcome: the resolved config, the
-identity of the teacher and of the checkpoint it starts from, and kd_det's version. So a finished
-run is recognised, and a changed config gets a new folder instead of an old result.
+A run's folder carries a hash of everything that decides its outcome: the resolved config, digests
+of its data sets, the identity of the teacher and of the checkpoint it starts from, and kd_det's
+version. So a finished run is recognised, and a changed config, annotation or image gets a new
+folder instead of an old result.
 """
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from detectron2.config import CfgNode
 import kd_det
 from kd_det import zoo
 from kd_det.config import changed_settings, is_distillation, load_config
+from kd_det.experiments.identity import data_identity, file_identity
 from kd_det.experiments.recipe import Arm, Recipe, RecipeError
 from kd_det.files import sha256_of
 
@@ -52,7 +55,7 @@ class Run:
     def arguments(self) -> list[str]:
         """Return the command line after the program's name."""
         flags = [] if self.iterations else ["--eval-only"]
-        if (self.folder / "last_checkpoint").exists():
+        if (self.folder / "last_checkpoint").exists() or any(self.folder.glob("model_*.pth")):
             flags.append("--resume")
         return ["--config-file", str(self.config_file), *flags, *self.opts]
 
@@ -169,7 +172,7 @@ class _Planner:
         cfg.SEED = max(cfg.SEED, 0) if seed is None else seed
         settings = ["SEED", str(cfg.SEED)]
         needs = []
-        identities = {"version": kd_det.__version__}
+        identities = {"version": kd_det.__version__, **self._files_of(cfg, parent)}
         if weights != "auto":
             settings += ["MODEL.WEIGHTS", weights]
             identities["weights"] = self._identity(weights)
@@ -196,6 +199,13 @@ class _Planner:
                 is_teacher=is_teacher,
             )
         return self.runs[folder]
+
+    def _files_of(self, cfg: CfgNode, parent: Run | None) -> dict[str, str]:
+        """Return digests of what a run reads: its data sets, and the file that it starts from."""
+        found = {f"data {name}": digest for name, digest in data_identity(cfg).items()}
+        if parent is None and os.path.isfile(cfg.MODEL.WEIGHTS):
+            found["start"] = file_identity(cfg.MODEL.WEIGHTS)
+        return found
 
     def _teacher_of(self, cfg: CfgNode, name: str) -> tuple[Run, str, str]:
         """Return the run of the teacher a config names, its checkpoint, and its identity."""

@@ -165,7 +165,7 @@ class Display:
         """Write the line of a finished run; `seconds` is None for one kept from before."""
         ap = result["metrics"]["bbox"]["AP"]
         when = "kept" if seconds is None else f"done in {clock(seconds)}"
-        self.line(f"{run.title}: AP {ap:.1f} ({when})")
+        self.line(f"{run.title}: AP {'none' if ap is None else f'{ap:.1f}'} ({when})")
 
     def line(self, text: str) -> None:
         """Write a line above the bar."""

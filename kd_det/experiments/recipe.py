@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from kd_det.config.safe_yaml import parse_yaml
 from kd_det.text import nearest
 
 _RECIPE_KEYS = ("name", "teacher", "baseline", "seeds", "overrides", "comparisons", "arms")
@@ -134,8 +135,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise RecipeError(f"Recipe {file} does not exist.")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"Recipe {file} is not a yaml file: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"Recipe {file} holds {type(content).__name__}, expected a mapping.")

@@ -15,6 +15,7 @@ from kd_det.evaluation.difference import compare_arms
 from kd_det.evaluation.power import power_summary
 from kd_det.evaluation.verdict import judge
 from kd_det.experiments.environment import describe_environment, without_user_path
+from kd_det.experiments.finished import detections_file
 from kd_det.experiments.ground_truth import GroundTruth
 from kd_det.experiments.plan import Plan, Run
 from kd_det.experiments.pulls import summarize
@@ -153,6 +154,6 @@ def _relate(arms: list[dict[str, Any]], teacher: Mapping[str, Any], baseline: st
 
 def read_detections(folder: Path) -> list[dict[str, Any]]:
     """Return the detections that a run left, in COCO's results format."""
-    text = (folder / "inference" / "coco_instances_results.json").read_text(encoding="utf-8")
+    text = detections_file(folder).read_text(encoding="utf-8")
     detections: list[dict[str, Any]] = json.loads(text)
     return detections

@@ -6,8 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
+from kd_det.engine.ending import PARENT_PIPE
+from kd_det.experiments.finished import (
+    made_from_others,
+    note_inputs,
+    read_result,
+    set_aside,
+    what_lacks,
+)
 from kd_det.experiments.plan import Run
 from kd_det.experiments.progress import Display, Estimator
 from kd_det.files import read_json
@@ -17,17 +24,14 @@ RUNNER = (sys.executable, "-m", "kd_det.engine")
 # OpenMP threads wait for each other spinning. On cores that others use as well, that keeps a slower
 # one from the very core it needs; with a short spin a step takes half the time there.
 _PATIENT_THREADS = {"GOMP_SPINCOUNT": "10000"}
+_OWN = {PARENT_PIPE: "1"}
 _LOG_LINES = 25
-_GRACE_SECONDS = 10.0
+# A step and a checkpoint.
+_GRACE_SECONDS = 30.0
 
 
 class RunFailed(RuntimeError):
     """A run stopped without a result; the message has the end of its log and how to go on."""
-
-
-def read_result(run: Run) -> dict[str, Any] | None:
-    """Return the result of a finished run, None where it has none (yet)."""
-    return read_json(run.folder / "result.json")
 
 
 def cores() -> int:
@@ -82,6 +86,8 @@ class _Queue:
         for run in runs:
             result = read_result(run)
             if result is None:
+                if (run.folder / "result.json").exists() and not made_from_others(run):
+                    display.line(f"{run.title}: {what_lacks(run)}; that part is done again")
                 self.pending.append(run)
             else:
                 self.estimator.finish(run, result, seconds=None)
@@ -101,17 +107,20 @@ class _Queue:
                 self.active[run] = self._start(run)
 
     def _start(self, run: Run) -> "subprocess.Popen[bytes]":
+        if reason := made_from_others(run):
+            self.display.line(f"{run.title}: {reason}; now in {set_aside(run).name}, done afresh")
         run.folder.mkdir(parents=True, exist_ok=True)
+        note_inputs(run)
         (run.folder / "progress.json").unlink(missing_ok=True)  # of an attempt that was stopped
         threads = cores() if run.is_teacher else max(1, cores() // self.jobs)
         self.estimator.start(run)
         with open(run.folder / "run.log", "ab") as log:
             return subprocess.Popen(
                 [*self.runner, *run.arguments()],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # it ends with the one that holds the other end
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**_PATIENT_THREADS, **os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**_PATIENT_THREADS, **os.environ, **_OWN, "OMP_NUM_THREADS": str(threads)},
                 # A group of its own: Ctrl-C reaches it by `stop`, and its data-loading workers.
                 start_new_session=True,
             )
@@ -124,6 +133,7 @@ class _Queue:
                 self.estimator.observe(run, read_json(run.folder / "progress.json"))
                 continue
             del self.active[run]
+            _close_pipe(process)
             result = read_result(run)
             if code != 0 or result is None:
                 raise RunFailed(_failure(run, code))
@@ -144,6 +154,7 @@ class _Queue:
             # Workers may outlive the process that started them.
             _signal(process, signal.SIGKILL)
             process.wait()
+            _close_pipe(process)
         self.active.clear()
 
 
@@ -154,10 +165,17 @@ def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
         pass
 
 
+def _close_pipe(process: "subprocess.Popen[bytes]") -> None:
+    if process.stdin is not None:
+        process.stdin.close()
+
+
 def _failure(run: Run, code: int) -> str:
     log = run.folder / "run.log"
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
     what = f"ended with exit code {code}" if code else "ended without writing its result.json"
+    if not code and (run.folder / "result.json").exists():
+        what = f"ended, but {what_lacks(run)}"
     return "\n".join(
         [
             f"The run {run.title} {what}. The end of {log}:",

@@ -111,7 +111,11 @@ def classification_terms(
 
 
 def regression_terms(
-    student: Tensor, teacher: Tensor, importance: Tensor, tau: float = 0.8
+    student: Tensor,
+    teacher: Tensor,
+    importance: Tensor,
+    tau: float = 0.8,
+    count: Tensor | None = None,
 ) -> RegressionTerms:
     """
     Compare the features of the regression towers on one level.
@@ -120,6 +124,8 @@ def regression_terms(
         student, teacher: (N, C, H, W), any floating dtype; computed in float32 or wider.
         importance: I in [0, 1], (N, H, W), without gradient.
         tau: temperature of the channel attention.
+        count: what to divide by, a scalar; None counts the positions of this batch with I > 0.
+            With several processes, the mean of `count_selected` over them.
 
     Returns:
         The terms, averaged over the positions of the batch with I > 0; zero, but attached to the
@@ -131,12 +137,20 @@ def regression_terms(
     _check(student, teacher, importance)
     compared = compare_features(student, teacher, tau)
     selected = importance != 0
-    count = selected.sum().clamp(min=1)
+    if count is None:
+        count = count_selected(importance)
+    # The mean over processes may be below 1; without any position the sums are 0.
+    count = torch.where(count > 0, count, 1)
     error = compared.error / student.shape[1]
     return RegressionTerms(
         foreground=(importance * error).sum() / count,
         attention=(selected * compared.attention_distance).sum() / count,
     )
+
+
+def count_selected(importance: Tensor) -> Tensor:
+    """Return the number of positions with I > 0, a whole scalar."""
+    return (importance != 0).sum()
 
 
 def _check(student: Tensor, teacher: Tensor, *masks: Tensor) -> None:

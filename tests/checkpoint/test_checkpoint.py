@@ -292,3 +292,24 @@ class TestStudentWeights:
     def test_evaluation_without_any_checkpoint(self, tiny_student: Student) -> None:
         with pytest.raises(FileNotFoundError, match=r"Nothing to evaluate: MODEL.WEIGHTS is empty"):
             evaluate(tiny_student("fcos"), last=False)
+
+
+def test_a_flipped_byte_is_found_and_passed_over(
+    tiny_student: Student, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build_model(tiny_student("fcos"))
+    checkpointer = KDCheckpointer(model, str(tmp_path))
+    for name in ("model_0000001", "model_0000002"):
+        checkpointer.save(name)
+    last = tmp_path / "model_0000002.pth"
+    weight = next(iter(checkpointer.model.state_dict().values())).numpy().tobytes()
+    content = bytearray(last.read_bytes())
+    at = content.find(weight)
+    assert at > 0
+    content[at + 2] ^= 1
+    last.write_bytes(bytes(content))
+    with caplog.at_level(logging.WARNING):
+        assert checkpointer.last_readable() == str(tmp_path / "model_0000001.pth")
+    assert "model_0000002.pth is damaged" in caplog.text and "checksum" in caplog.text
+    with pytest.raises(ValueError, match=r"model_0000002\.pth is damaged: .* its checksum"):
+        checkpointer.load_student(str(last), strict=True)

@@ -296,3 +296,71 @@ def test_somebody_elses_crowdhuman_leaves_the_synthetic_crowd(
                 MetadataCatalog.pop(name, None)
             DatasetCatalog.register(name, kept[name])
             MetadataCatalog[name] = metadata[name]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+class TestHostileLines:
+    @pytest.mark.parametrize(
+        "fbox",
+        [
+            [NAN, 1, 2, 2],
+            [1, INF, 2, 2],
+            [1, 1, -INF, 2],
+            [1, 1, 2, 10**400],
+            [1e9, 1, 2, 2],
+            ["1", 1, 2, 2],
+            [None, 1, 2, 2],
+            [True, 1, 2, 2],
+            [[1], 1, 2, 2],
+            [1, 1, 2],
+            None,
+            {},
+            "1 1 2 2",
+        ],
+    )
+    def test_boxes_of_no_numbers(self, tmp_path, fbox):
+        odgt, images = write(tmp_path, {"ID": "a", "gtboxes": [person(fbox)]})
+        with pytest.raises(ValueError, match=r"a\.odgt, line 1, box 0 of 'a': fbox is .*four fin"):
+            load_crowdhuman(odgt, images)
+
+    @pytest.mark.parametrize("fbox", [[500, 0, 9, 9], [0, -500, 9, 9], [0, 0, 9, 500]])
+    def test_boxes_far_off_their_image(self, tmp_path, fbox):
+        """40 x 30 pixels: what is more than 400 pixels away is a mistake."""
+        odgt, images = write(tmp_path, {"ID": "a", "gtboxes": [person([1, 1, 2, 2]), person(fbox)]})
+        message = r"a\.odgt: box 1 of 'a' has the fbox .*40 x 30 pixels; .* from -400 to 440"
+        with pytest.raises(ValueError, match=message):
+            load_crowdhuman(odgt, images)
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ('{"ID": "a", "gtboxes": ' + "[" * 99999, r"line 1: no JSON"),
+            ('{"ID": ["a"], "gtboxes": []}', r"line 1: ID is \['a'\]; expected the image's name"),
+            ('{"ID": null, "gtboxes": []}', r"line 1: ID is None; expected"),
+            ('{"ID": "a\\u0000", "gtboxes": []}', r"no image .* for ID"),
+            ('{"ID": "a", "gtboxes": null}', r"line 1: gtboxes is None"),
+            ('{"ID": "a", "gtboxes": [null]}', r"box 0 of 'a': found None; expected at"),
+        ],
+    )
+    def test_lines(self, tmp_path, line, message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_crowdhuman(*write(tmp_path, line))
+
+    @pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n\0\0"])
+    def test_images_without_a_size(self, tmp_path, content):
+        odgt, images = write(tmp_path, {"ID": "a", "gtboxes": []})
+        (images / "a.jpg").write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot read the size of .*a\.jpg: .*replace the"):
+            load_crowdhuman(odgt, images)
+
+    @pytest.mark.parametrize("entry", [[0, 0, 0], ["a", "b"], [None] * 3, [1, [], 1], {"a": 1}])
+    def test_remembered_sizes_that_are_none(self, tmp_path, entry):
+        odgt, images = write(tmp_path, {"ID": "a", "gtboxes": []})
+        length = (images / "a.jpg").stat().st_size
+        if isinstance(entry, list) and entry:
+            entry = [length, *entry[1:]]
+        (tmp_path / "a.sizes.json").write_text(json.dumps({"a": entry}))
+        (image,) = load_crowdhuman(odgt, images)
+        assert (image["width"], image["height"]) == (40, 30)

@@ -72,6 +72,56 @@ def test_non_finite_loss_names_loss_iteration_and_images(factor: float) -> None:
     assert "'loss_a': 2.56" in message.replace("2.559", "2.56")
 
 
+class TestAssertions:
+    """What a model finds wrong in the middle of a step, as Detectron2's do when they diverge."""
+
+    def fail(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        original = Model.forward
+
+        def forward(self: Model, batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            if "fail" in batch[0]:
+                raise error
+            return original(self, batch)
+
+        monkeypatch.setattr(Model, "forward", forward)
+
+    @pytest.mark.parametrize("kind", [AssertionError, FloatingPointError])
+    def test_are_raised_again_with_iteration_losses_and_images(
+        self, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+    ) -> None:
+        self.fail(monkeypatch, kind("bad box: x1 larger than x2"))
+        batch = [{"fail": True, "image_id": 41}, {"file_name": "a.png"}]
+        with pytest.raises(FloatingPointError) as error:
+            step([{"x": 3.0}], batch, iteration=12)
+        message = str(error.value)
+        assert "at iteration 13 (" in message
+        assert f"({kind.__name__}: bad box: x1 larger than x2)" in message
+        assert "Images of the batch: [41, 'a.png']" in message
+        assert "Losses of the step before: {'loss_a': 4.0, 'loss_b': 0.0}" in message
+        assert "SOLVER.BASE_LR" in message
+        assert isinstance(error.value.__cause__, kind)
+
+    def test_in_the_first_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail(monkeypatch, AssertionError())
+        with pytest.raises(FloatingPointError, match=r"at iteration 0 .*\[5\]. First step"):
+            step([{"fail": True, "image_id": 5}])
+
+    def test_other_errors_stay_as_they_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail(monkeypatch, KeyError("a"))
+        with pytest.raises(KeyError, match="'a'"):
+            step([{"fail": True}])
+
+    def test_a_diverged_detector(self, tiny_student: Student) -> None:
+        """FCOS asserts that its boxes are boxes; weights of NaN give none."""
+        trainer = tiny_runs.DistillationTrainer(tiny_student("fcos"))
+        with torch.no_grad():
+            trainer.model.student.head.bbox_pred.weight.fill_(float("nan"))
+        with pytest.raises(
+            FloatingPointError, match=r"iteration 0 \(AssertionError: bad box.*batch: \[\d"
+        ):
+            trainer.train()
+
+
 def test_a_non_finite_loss_never_reaches_the_weights() -> None:
     model = Model()
     batch = [{"x": 3.0, "factor": float("nan")}]

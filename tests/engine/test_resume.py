@@ -1,5 +1,6 @@
 """Promise 5: the same seed gives the same run, and a resumed run is the uninterrupted one."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import tiny_runs
 import torch
 from detectron2.config import CfgNode
 from tiny_runs import TinyTeacher
+
+from kd_det.engine.main import evaluate
 
 Student = Callable[..., CfgNode]
 MakeTeacher = Callable[[str], TinyTeacher]
@@ -96,3 +99,63 @@ def test_a_finished_run_stays_finished(tiny_student: Student) -> None:
     assert more.steps == []
     state = dict(again.model.student.state_dict())
     assert tiny_runs.equal_states(dict(trainer.model.student.state_dict()), state)
+
+
+class TestStoppedAfterItsLastStep:
+    """The period divides MAX_ITER, so the last step wrote a periodic checkpoint as well."""
+
+    @pytest.fixture
+    def cfg(self, tiny_student: Student, tiny_teacher: MakeTeacher) -> CfgNode:
+        keys = {**RUN, "DATASETS.TEST": [tiny_runs.DATA], "SOLVER.MAX_ITER": 3}
+        return tiny_student("fcos", tiny_teacher("fcos"), keys)
+
+    @pytest.mark.parametrize("left", [None, b"", b"PK\x03\x04 half of it"])
+    def test_it_gets_its_final_checkpoint_and_result(
+        self, cfg: CfgNode, left: bytes | None
+    ) -> None:
+        tiny_runs.train(cfg)
+        folder = Path(cfg.OUTPUT_DIR)
+        expected = final(cfg)
+        (folder / "model_final.pth").unlink()
+        if left is not None:
+            (folder / "model_final.pth").write_bytes(left)
+        (folder / "last_checkpoint").write_text("model_0000002.pth")
+        (folder / "result.json").unlink()
+        torch.manual_seed(99)
+        trainer, steps = tiny_runs.train(cfg, resume=True)
+        assert trainer.start_iter == 3
+        assert steps.steps == []
+        found = final(cfg)
+        assert found["iteration"] == expected["iteration"]
+        for part in ("model", "kd", "trainer"):
+            assert tiny_runs.equal_states(found[part], expected[part])
+        assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+        assert (folder / "result.json").exists()
+
+    def test_a_finished_run_is_evaluated_again_and_keeps_its_file_and_speed(
+        self, cfg: CfgNode
+    ) -> None:
+        tiny_runs.train(cfg)
+        folder = Path(cfg.OUTPUT_DIR)
+        before = (folder / "model_final.pth").stat().st_mtime_ns
+        speed = json.loads((folder / "result.json").read_text())["sec_per_step"]
+        (folder / "inference" / "coco_instances_results.json").write_text("[{")
+        tiny_runs.train(cfg, resume=True)
+        assert (folder / "model_final.pth").stat().st_mtime_ns == before
+        assert json.loads((folder / "result.json").read_text())["sec_per_step"] == speed > 0
+        json.loads((folder / "inference" / "coco_instances_results.json").read_text())
+
+
+@pytest.mark.parametrize("tag", [b"", b"\xff\xfe", b"gone.pth", None])
+def test_evaluation_does_not_need_the_tag(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tag: bytes | None
+) -> None:
+    keys = {**RUN, "DATASETS.TEST": [tiny_runs.DATA], "SOLVER.MAX_ITER": 1}
+    cfg = tiny_student("fcos", tiny_teacher("fcos"), keys)
+    trainer, _ = tiny_runs.train(cfg)
+    file = Path(cfg.OUTPUT_DIR, "last_checkpoint")
+    file.unlink()
+    if tag is not None:
+        file.write_bytes(tag)
+    metrics = evaluate(cfg, last=True)
+    assert str(metrics) == str(trainer._last_eval_results)

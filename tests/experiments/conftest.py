@@ -13,7 +13,7 @@ from PIL import Image
 # Takes the engine's arguments and leaves what the engine leaves. Behaviour per run comes from
 # RECIPE/fake.json: {"<folder name's start>": {"fail": bool, "shift": pixels, "sleep": seconds}}.
 FAKE_ENGINE = """
-import json, os, sys, time
+import json, os, sys, time, zipfile
 from pathlib import Path
 
 root = Path(sys.argv[1])
@@ -52,7 +52,8 @@ found = [
 ]
 (out / "inference").mkdir(exist_ok=True)
 (out / "inference" / "coco_instances_results.json").write_text(json.dumps(found))
-(out / "model_final.pth").write_text("weights")
+with zipfile.ZipFile(out / "model_final.pth", "w") as weights:
+    weights.writestr(zipfile.ZipInfo("data"), out.name)  # the same bytes at any time
 ap = plan.get("ap", 100.0)
 metrics = {"AP": ap, "AP50": 100.0, "AP75": 100.0, "APs": None, "APm": ap, "APl": ap}
 result = {"metrics": {"bbox": metrics}, "sec_per_step": plan.get("sec_per_step", 0.1),
@@ -80,7 +81,7 @@ class Lab:
     def __init__(self, root: Path, data: str) -> None:
         self.root = root
         self.recipe = self.write("recipe.yaml", RECIPE)
-        base = f"DATASETS: {{TRAIN: [{data}], TEST: [{data}]}}\nSOLVER: {{MAX_ITER: 4}}\n"
+        base = f"DATASETS: {{TRAIN: ['{data}'], TEST: ['{data}']}}\nSOLVER: {{MAX_ITER: 4}}\n"
         self.write("base.yaml", base)
         self.write("teacher.yaml", "_BASE_: base.yaml\nSOLVER: {MAX_ITER: 8}\n")
         self.write("student.yaml", "_BASE_: base.yaml\n")

@@ -1,7 +1,10 @@
 """Plans and their execution: what runs, in which order, what is kept, what a failure says."""
 
 import io
+import itertools
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -221,3 +224,92 @@ def test_an_arm_without_iterations_is_evaluated(lab):
     assert [c["flags"] for c in looked] == [["--eval-only"]] * 2
     assert looked[0]["opts"]["MODEL.WEIGHTS"] == str(plan.students["l2", 0].checkpoint)
     assert plan.students["look", 0].iterations == 0
+
+
+RESULT = "result.json"
+FOUND = "inference/coco_instances_results.json"
+FINAL = "model_final.pth"
+DAMAGE = [
+    (RESULT, b"{}", "its result.json is damaged"),
+    (RESULT, b'{"metrics": {}, "iterations": 4}', "its result.json is damaged"),
+    (RESULT, b'{"metrics": [], "sec_per_step": 1}', "its result.json is damaged"),
+    (RESULT, b"\xff\xfe{}", "its result.json is damaged"),
+    (RESULT, b"[" * 100_000, "its result.json is damaged"),
+    (RESULT, b"", "its result.json is damaged"),
+    (FOUND, b'[{"image_id": 1, "bbox": [1, 2', "its detections are missing or damaged"),
+    (FOUND, b"", "its detections are missing or damaged"),
+    (FOUND, None, "its detections are missing or damaged"),
+    (FINAL, b"PK\x03\x04 and then nothing", "its model_final.pth is missing or damaged"),
+    (FINAL, None, "its model_final.pth is missing or damaged"),
+]
+
+
+@pytest.mark.parametrize("arm", ["teacher", "student"])
+def test_what_is_damaged_is_done_again_and_said(lab, arm):
+    plan = plan_of(lab)
+    run(lab, plan)
+    damaged = plan.teacher if arm == "teacher" else plan.students["none", 0]
+    for name, content, told in DAMAGE:
+        lab.calls()
+        file = damaged.folder / name
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+        assert f"{damaged.title}: {told}; that part is done again" in run(lab, plan_of(lab))
+        (call,) = lab.calls()
+        assert call["run"] == damaged.folder.name
+        # It has a final checkpoint to go on from, unless that is what was missing.
+        assert call["flags"] == ([] if (name, content) == (FINAL, None) else ["--resume"])
+    assert "done again" not in run(lab, plan_of(lab))
+    assert lab.calls() == []
+
+
+def folders(plan):
+    return {run.title: run.folder.name for run in plan.runs}
+
+
+def test_changed_data_and_weights_make_other_runs(lab):
+    """A result is never kept when what it was made from is another file now."""
+    plans = [folders(plan_of(lab))]
+    assert folders(plan_of(lab)) == plans[0]
+
+    truth = json.loads((lab.root / "truth.json").read_text())
+    truth["annotations"][0]["bbox"][2] += 1
+    (lab.root / "truth.json").write_text(json.dumps(truth))
+    plans.append(folders(plan_of(lab)))
+
+    image = lab.root / "b.png"
+    image.write_bytes(image.read_bytes() + b"tail")
+    plans.append(folders(plan_of(lab)))
+
+    status = image.stat()
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+    plans.append(folders(plan_of(lab)))
+    for before, after in itertools.pairwise(plans):
+        assert all(before[title] != after[title] for title in before)
+
+    weights = lab.write("start.pth", "one")
+    lab.write("student.yaml", f"_BASE_: base.yaml\nMODEL: {{WEIGHTS: '{weights}'}}\n")
+    one = folders(plan_of(lab))
+    lab.write("start.pth", "another")
+    two = folders(plan_of(lab))
+    assert {title for title in one if one[title] != two[title]} == {
+        f"{name} seed {seed}" for name in ("none", "again") for seed in (0, 1)
+    }
+
+
+def test_another_checkpoint_of_the_teacher_makes_its_students_afresh(lab):
+    plan = plan_of(lab)
+    run(lab, plan)
+    lab.calls()
+    with zipfile.ZipFile(plan.teacher.checkpoint, "w") as weights:
+        weights.writestr("data", "trained otherwise")
+    shown = run(lab, plan_of(lab))
+    told = "l2 seed 0: it was made from another checkpoint of teacher; now in l2-seed0-"
+    assert told in shown and ".stale-1, done afresh" in shown
+    calls = lab.calls()
+    assert sorted(c["run"].rsplit("-", 1)[0] for c in calls) == ["l2-seed0", "l2-seed1"]
+    assert all(call["flags"] == [] for call in calls)
+    student = plan.students["l2", 0].folder
+    assert (student.with_name(f"{student.name}.stale-1") / "result.json").exists()
+    assert "afresh" not in run(lab, plan_of(lab)) and lab.calls() == []

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kd_det.functional.boxes import aligned_giou, aligned_iou, box_centers, centerness
+from kd_det.functional.reduce import mean_over_processes
 from kd_det.modeling.dense.atss_assigner import Positives
 from kd_det.modeling.dense.single_anchor import SingleAnchorDetector
 from kd_det.modeling.dense.single_anchor_options import SingleAnchorOptions
@@ -106,7 +107,8 @@ class ATSS(SingleAnchorDetector):
         target = self._quality_targets(boxes, positives)
         weight = ones if self.options.quality_branch == "iou" else target
         distance = 1 - aligned_giou(boxes, positives.boxes)
-        loss_loc = (weight * distance).sum() / weight.sum().clamp(min=1e-6)
+        total = mean_over_processes(weight.sum()).clamp(min=1e-6)
+        loss_loc = (weight * distance).sum() / total
         loss_quality = F.binary_cross_entropy_with_logits(
             quality[positives.index, 0], target, reduction="sum"
         )

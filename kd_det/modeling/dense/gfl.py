@@ -20,6 +20,7 @@ from kd_det.functional.focal import (
     distribution_mean,
     quality_focal_loss,
 )
+from kd_det.functional.reduce import mean_over_processes
 from kd_det.modeling.dense.atss_assigner import Positives
 from kd_det.modeling.dense.decoding import decode_levels
 from kd_det.modeling.dense.single_anchor import SingleAnchorDetector
@@ -89,7 +90,7 @@ class GFL(SingleAnchorDetector):
         loss_cls = quality_focal_loss(logits, targets, self.options.quality_focal_beta).sum()
 
         weight = logits.detach()[positives.index].amax(dim=1).sigmoid()
-        total = weight.sum().clamp(min=1)
+        total = mean_over_processes(weight.sum()).clamp(min=1)
         loss_loc = (weight * (1 - aligned_giou(boxes, positives.boxes))).sum() / total
         sides = distribution_focal_loss(self._bins(outputs), self._distances(positives))
         loss_dfl = (weight * sides.mean(dim=1)).sum() / total

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kd_det.distillers.predictions import DensePredictions, HeadOutputs, register_decoder
 from kd_det.functional.precision import at_least_float32
+from kd_det.functional.reduce import mean_number_over_processes
 from kd_det.modeling.backbones.fpn import pick_features
 from kd_det.modeling.dense.atss_assigner import Positives, find_positives
 from kd_det.modeling.dense.decoding import decode_levels
@@ -134,7 +135,7 @@ class SingleAnchorDetector(DenseDetector, abc.ABC):
         Args:
             flat: the head's outputs, each (N * R, D), at least float32.
             positives: the anchors that have a box.
-            normalizer: moving average of the number of positives per batch, at least about 1.
+            normalizer: moving average of the positives per batch and process, at least about 1.
 
         Returns:
             Scalars by name, attached to every output of the head even without positives.
@@ -166,7 +167,8 @@ class SingleAnchorDetector(DenseDetector, abc.ABC):
             positives = self.label_anchors(self.anchor_generator(features), gt_instances)
             count = len(positives.index)
             get_event_storage().put_scalar("num_pos_anchors", count / len(gt_instances))
-            normalizer = self._ema_update("loss_normalizer", max(count, 1), _INITIAL_POSITIVES)
+            mean = mean_number_over_processes(count, self.device)
+            normalizer = self._ema_update("loss_normalizer", max(mean, 1), _INITIAL_POSITIVES)
             return self.losses(flat, positives, normalizer)
 
     def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]) -> Positives:

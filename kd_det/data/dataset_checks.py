@@ -1,0 +1,98 @@
+"""What must hold of all data that a config names, before the first step of a run."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.transforms import ResizeShortestEdge
+
+from kd_det.data.annotation_file import read_annotation_file
+from kd_det.data.coco_checks import check_coco
+from kd_det.reading import load_pickle
+from kd_det.text import nearest
+
+# (data set, file name, width, height)
+Size = tuple[str, str, int, int]
+
+
+def check_datasets(cfg: CfgNode) -> None:
+    """
+    Check the training and test sets of a config, so that none fails after hours of training.
+
+    COCO files are read and checked as a whole; sets that are not in COCO format are loaded, which
+    checks CrowdHuman's. Image files are looked for, and not opened.
+
+    Args:
+        cfg: of a plain detector, or a full config.
+
+    Raises:
+        KeyError: a name that is not registered.
+        FileNotFoundError: an annotation file or an image is missing.
+        ValueError: an unusable entry (`check_coco`), an image that would be resized to nothing, or
+            precomputed proposals that are no plain data.
+    """
+    check_proposals(cfg)
+    train, test = dict.fromkeys(cfg.DATASETS.TRAIN), dict.fromkeys(cfg.DATASETS.TEST)
+    sizes = {name: _check(name, cfg) for name in {**train, **test}}
+    shortest = [size for size in cfg.INPUT.MIN_SIZE_TRAIN if size > 0]
+    for name in train:
+        _check_sizes(sizes[name], shortest, cfg.INPUT.MAX_SIZE_TRAIN, "TRAIN")
+    shortest = [cfg.INPUT.MIN_SIZE_TEST] if cfg.INPUT.MIN_SIZE_TEST > 0 else []
+    for name in test:
+        _check_sizes(sizes[name], shortest, cfg.INPUT.MAX_SIZE_TEST, "TEST")
+
+
+def check_proposals(cfg: CfgNode) -> None:
+    """
+    Read the precomputed proposals of a config, which are pickles, without running them.
+
+    Detectron2 reads them again by Python's own unpickler, so this comes first.
+
+    Raises:
+        ValueError: a file is no pickle of arrays and plain containers.
+    """
+    if cfg.MODEL.LOAD_PROPOSALS:
+        for path in (*cfg.DATASETS.PROPOSAL_FILES_TRAIN, *cfg.DATASETS.PROPOSAL_FILES_TEST):
+            load_pickle(path)
+
+
+def _check(name: str, cfg: CfgNode) -> list[Size]:
+    """Check one data set; return the sizes of its images."""
+    if name not in DatasetCatalog:
+        raise KeyError(
+            f"DATASETS: the data set {name!r} is not registered; "
+            f"{nearest(name, DatasetCatalog.list())}. List your own data under KD.DATASETS."
+        )
+    metadata = MetadataCatalog.get(name)
+    json_file = metadata.get("json_file")
+    if metadata.get("evaluator_type") != "coco" or not json_file:
+        return [
+            (name, record["file_name"], record["width"], record["height"])
+            for record in DatasetCatalog.get(name)
+            if "width" in record and "height" in record
+        ]
+    if not Path(json_file).is_file():
+        DatasetCatalog.get(name)  # draws what is drawn on demand, or says how to get it
+    check_coco(
+        name,
+        Path(json_file),
+        Path(metadata.image_root),
+        masks=cfg.MODEL.MASK_ON,
+        keypoints=cfg.MODEL.KEYPOINT_ON,
+    )
+    images = read_annotation_file(Path(json_file))["images"]
+    return [(name, image["file_name"], image["width"], image["height"]) for image in images]
+
+
+def _check_sizes(sizes: Iterable[Size], shortest: list[int], longest: int, role: str) -> None:
+    for name, file_name, width, height in sizes:
+        for side in (min(shortest), max(shortest)) if shortest else ():
+            new = ResizeShortestEdge.get_output_shape(height, width, side, longest)
+            if min(new) < 1:
+                raise ValueError(
+                    f"data set {name!r}: {file_name} of {width} x {height} pixels (width x height) "
+                    f"becomes {new[1]} x {new[0]} when INPUT.MIN_SIZE_{role} {side} and MAX_SIZE_"
+                    f"{role} {longest} resize it; take it out, cut it into pieces, or raise "
+                    f"INPUT.MAX_SIZE_{role}"
+                )

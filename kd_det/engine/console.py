@@ -1,0 +1,83 @@
+"""What a training job shows its user: plain text where it is kept, messages without tracebacks."""
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Iterator
+
+_LOGGERS = ("detectron2", "fvcore", "kd_det")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class _PlainFormatter(logging.Formatter):
+    """Another formatter's text without codes for colours."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format by the other one and take the codes out."""
+        return _COLOURS.sub("", self._inner.format(record))
+
+
+def settle_handlers() -> None:
+    """
+    Of what Detectron2's `setup_logger` made: no colours in files, no tracebacks on the console.
+
+    Tables come with colours in their text, and a console may be a file, or a pipe into one.
+    """
+    for name in _LOGGERS:
+        for handler in logging.getLogger(name).handlers:
+            inner = handler.formatter
+            if not isinstance(handler, logging.StreamHandler) or inner is None:
+                continue
+            on_console = handler.stream in (sys.stdout, sys.stderr)
+            shown = on_console and handler.stream.isatty()
+            if not shown and not isinstance(inner, _PlainFormatter):
+                handler.setFormatter(_PlainFormatter(inner))
+            if on_console and not handler.filters:
+                handler.addFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """The message ends the program's output; see `plain_errors`."""
+    return not record.exc_info
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """
+    End the program with an error's message alone; its traceback goes to the run's log file.
+
+    Before there is a log file, only errors in what the user gave are shown so: those that have a
+    message made for users.
+
+    Raises:
+        SystemExit: 1 after an error, 130 after Ctrl-C or a termination signal.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("Interrupted. Continue with --resume.", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        logged = _log_file()
+        if logged is None and not isinstance(error, KeyError | ValueError | OSError):
+            raise
+        logging.getLogger("kd_det").error("The job ended with an error:", exc_info=True)
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"\n{type(error).__name__}: {message}", file=sys.stderr)
+        if logged is not None:
+            print(f"The traceback is in {logged}.", file=sys.stderr)
+        sys.exit(1)
+
+
+def _log_file() -> str | None:
+    """Return the file that kd_det's messages go to, if there is one."""
+    for handler in logging.getLogger("kd_det").handlers:
+        name = getattr(getattr(handler, "stream", None), "name", "")
+        if isinstance(name, str) and name.endswith(".txt"):
+            return name
+    return None

@@ -1,0 +1,94 @@
+"""How a training ends early: asked to, with a checkpoint; or with the process that started it."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+_logger = logging.getLogger(__name__)
+#: Set for a process whose standard input is a pipe from the one that started it and waits for it.
+PARENT_PIPE = "KD_DET_PARENT_PIPE"
+# A step and a checkpoint; after that nobody waits any longer.
+_GRACE_SECONDS = 30.0
+
+
+class StopWhenAsked(HookBase):
+    """
+    On Ctrl-C or a termination signal, ends the step under way, saves a checkpoint, and stops.
+
+    The second Ctrl-C stops at once, and so does the first during the final evaluation. Stands last
+    among the hooks, since a step ends with it.
+    """
+
+    def __init__(self) -> None:
+        # A process that waits for the others in an exchange hears nothing, and is to be ended.
+        alone = comm.get_world_size() == 1
+        self._signals = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def before_train(self) -> None:
+        """Listen, where Python lets us: in the main thread."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in self._signals}
+            for number in self._signals:
+                signal.signal(number, self._note)
+
+    def after_step(self) -> None:
+        """
+        Stop if it was asked for.
+
+        Raises:
+            KeyboardInterrupt: it was; the checkpoint is written.
+        """
+        last = self.trainer.iter + 1 >= self.trainer.max_iter
+        if last:
+            self._listen_no_more()  # the final checkpoint is there; what is left is to evaluate
+        elif self._asked:
+            name = f"model_{self.trainer.iter:07d}"
+            self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
+            raise KeyboardInterrupt
+
+    def after_train(self) -> None:
+        """Give the signals back."""
+        self._listen_no_more()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        _logger.warning(
+            "%s: stopping after this step, with a checkpoint. Once more: at once.",
+            signal.Signals(number).name,
+        )
+
+    def _listen_no_more(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def end_with_parent() -> None:
+    """
+    If the process that started this one asks for it, end when that is gone.
+
+    Its end of the pipe closes whatever ends it, kill -9 included. This process, the leader of a
+    group of its own, then gets a termination signal, and after a grace the whole group is killed.
+    """
+    if os.environ.pop(PARENT_PIPE, None):
+        threading.Thread(target=_watch, name="parent", daemon=True).start()
+
+
+def _watch() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass  # nothing is ever sent
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_GRACE_SECONDS)
+    os.killpg(os.getpgid(0), signal.SIGKILL)

@@ -1,0 +1,189 @@
+"""
+What a run will build, built once before the first step of any training.
+
+A misspelled distiller, a capture that is no module, pyramids that do not pair, a broken test set:
+each would otherwise be found when the missing teacher has been trained, hours later.
+"""
+
+import contextlib
+import logging
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine.hooks import PeriodicWriter
+from detectron2.utils.file_io import PathManager
+
+from kd_det.checkpoint import KDCheckpointer
+from kd_det.config import is_distillation
+from kd_det.data import register_from_config
+from kd_det.data.dataset_checks import check_datasets
+from kd_det.distillation.teacher import teacher_config, teacher_weights
+from kd_det.engine.trainer import DistillationTrainer
+
+_logger = logging.getLogger("kd_det.engine")
+TrainerClass = type[DistillationTrainer]
+
+
+def prepare(cfg: CfgNode) -> None:
+    """
+    Register a config's data sets and freeze it; fail now if its results could not be saved.
+
+    Raises:
+        PermissionError: OUTPUT_DIR cannot be written.
+        FileNotFoundError, ValueError: from `register_from_config`.
+    """
+    register_from_config(cfg.KD.DATASETS)
+    folder = cfg.OUTPUT_DIR
+    try:
+        PathManager.mkdirs(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PermissionError(
+            f"OUTPUT_DIR {folder} cannot be written ({error.strerror}); set OUTPUT_DIR to a folder "
+            "that can."
+        ) from error
+    cfg.freeze()
+
+
+def absent_teacher(cfg: CfgNode) -> CfgNode | None:
+    """Return the config of a teacher that is to be trained first; None where none is."""
+    wanted = is_distillation(cfg) and (cfg.KD.DISTILLERS or cfg.KD.INHERIT)
+    if not wanted or cfg.KD.TEACHER.WEIGHTS != "auto":
+        return None
+    own_cfg = teacher_config(cfg)
+    return None if os.path.isfile(teacher_weights(cfg, own_cfg)) else own_cfg
+
+
+def check_before_training(cfg: CfgNode, trainer: TrainerClass) -> None:
+    """
+    Find what would stop a run later: with its teacher absent, everything; else, its test sets.
+
+    A run whose teacher is there builds all else at once itself. The random state stays.
+
+    Args:
+        cfg: full config, prepared.
+        trainer: as for the run.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError, ...: whatever the run itself would raise.
+    """
+    with _without_trace(), tempfile.TemporaryDirectory(dir=cfg.OUTPUT_DIR) as folder:
+        if absent_teacher(cfg) is None:
+            _check_data(_in_folder(cfg, folder), trainer)
+        else:
+            _logger.warning("Checking the configs and data of teacher and student.")
+            _rehearse_all(cfg, trainer, folder)
+
+
+def _rehearse_all(cfg: CfgNode, trainer: TrainerClass, folder: str) -> str:
+    """Rehearse a run after those of absent teachers; return stand-in weights of its model."""
+    own_cfg, teacher = absent_teacher(cfg), ""
+    if own_cfg is not None:
+        prepare(own_cfg)
+        teacher = _rehearse_all(own_cfg, trainer, os.path.join(folder, "teacher"))
+    return rehearse(cfg, trainer, folder=folder, teacher=teacher)
+
+
+def rehearse(
+    cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, folder: str, teacher: str = ""
+) -> str:
+    """
+    Build once all that a run builds: data, evaluators, models with their first weights, optimizer.
+
+    Args:
+        cfg: full config, its data sets registered.
+        trainer: as for the run.
+        folder: for what is written meanwhile; the run's own is not touched.
+        teacher: weights in place of KD.TEACHER.WEIGHTS; "": the config's.
+
+    Returns:
+        A checkpoint of the untrained model, which can stand in for that of an absent teacher.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError, ...: whatever the run itself would raise.
+    """
+    os.makedirs(folder, exist_ok=True)
+    cfg = _in_folder(cfg, folder, teacher)
+    with _without_trace():
+        _check_data(cfg, trainer)
+        training = trainer(cfg)
+        try:
+            training.resume_or_load(resume=False)
+        finally:
+            _close_writers(training)
+        weights = os.path.join(folder, "stand_in.pth")
+        torch.save({"model": training.checkpointer.model.state_dict()}, weights)
+    return weights
+
+
+def rehearse_evaluation(
+    cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, folder: str
+) -> None:
+    """
+    Build once all that an evaluation builds, and load MODEL.WEIGHTS if they are there.
+
+    Args:
+        cfg, trainer, folder: as for `rehearse`.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError, ...: whatever the evaluation itself would raise.
+    """
+    cfg = _in_folder(cfg, folder)
+    cfg.defrost()
+    cfg.KD.DISTILLERS, cfg.KD.INHERIT = [], []
+    with _without_trace():
+        _check_data(cfg, trainer)
+        model = trainer.build_model(cfg)
+        if os.path.isfile(cfg.MODEL.WEIGHTS):
+            KDCheckpointer(model, save_to_disk=False).load_student(cfg.MODEL.WEIGHTS, strict=True)
+
+
+def _check_data(cfg: CfgNode, trainer: TrainerClass) -> None:
+    check_datasets(cfg)
+    for name in cfg.DATASETS.TEST:
+        trainer.build_evaluator(cfg, name)
+
+
+def _in_folder(cfg: CfgNode, folder: str, teacher: str = "") -> CfgNode:
+    """Return the config with another output folder and, if given, other weights of the teacher."""
+    out = cfg.clone()
+    out.defrost()
+    out.OUTPUT_DIR = folder
+    if teacher:
+        out.KD.TEACHER.WEIGHTS = teacher
+    out.freeze()
+    return out
+
+
+def _close_writers(training: DistillationTrainer) -> None:
+    for hook in training._hooks:
+        if isinstance(hook, PeriodicWriter):
+            for writer in hook._writers:
+                writer.close()
+
+
+@contextlib.contextmanager
+def _without_trace() -> Iterator[None]:
+    """Leave the generators' states as they were; of what is logged, keep warnings alone."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "kd_det")]
+    levels = [logger.level for logger in loggers]
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()

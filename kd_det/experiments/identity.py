@@ -1,0 +1,66 @@
+"""What files a run's outcome depends on, as digests."""
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from kd_det.data import register_from_config
+from kd_det.data.annotation_file import read_annotation_file
+from kd_det.files import cache_root, sha256_of
+
+
+def data_identity(cfg: CfgNode) -> dict[str, str]:
+    """
+    Return digests of the COCO-format sets that a config trains and tests on, by name.
+
+    A digest covers the annotation file's content, and names, sizes and times of its images. Sets
+    that kd_det draws itself, always the same, have none; nor has what is not there yet.
+
+    Raises:
+        FileNotFoundError, ValueError: from `register_from_config`; or an annotation file is no
+            JSON mapping.
+    """
+    register_from_config(cfg.KD.DATASETS)
+    found = {}
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+        file = MetadataCatalog.get(name).get("json_file") if name in DatasetCatalog else None
+        if not file or not os.path.isfile(file):
+            continue
+        if Path(file).resolve().is_relative_to(cache_root().resolve()):
+            continue
+        found[name] = _digest_of_set(Path(file), Path(MetadataCatalog.get(name).image_root))
+    return found
+
+
+def file_identity(path: str) -> str:
+    """Return the sha256 of a file, read again only when its size or time has changed."""
+    return _sha256(path, *_stamp(path))
+
+
+def _digest_of_set(file: Path, images: Path) -> str:
+    digest = hashlib.sha256(file_identity(str(file)).encode())
+    for name in _file_names(str(file), *_stamp(str(file))):
+        path = images / name
+        digest.update(f"{name} {_stamp(str(path)) if path.is_file() else 'absent'}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=16)
+def _file_names(path: str, size: int, time: int) -> tuple[str, ...]:
+    entries = read_annotation_file(Path(path)).get("images")
+    entries = entries if isinstance(entries, list) else []
+    return tuple(str(e.get("file_name")) for e in entries if isinstance(e, dict))
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: str, size: int, time: int) -> str:
+    return sha256_of(path)
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,103 @@
+"""Mistakes are found before the first step, also where the teacher is absent."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rehearsals
+import tiny_runs
+import torch
+
+from kd_det.checkpoint import KDCheckpointer
+from kd_det.config import load_config
+from kd_det.engine.main import main, prepare
+from kd_det.engine.rehearsal import check_before_training
+from kd_det.engine.trainer import DistillationTrainer
+
+
+@pytest.fixture(autouse=True)
+def _data(tiny_data: dict[str, str]) -> None:
+    """The training set is registered."""
+
+
+@pytest.mark.parametrize(("_", "keys", "message"), rehearsals.MISTAKES, ids=lambda x: str(x)[:9])
+def test_a_mistake_stops_before_the_absent_teacher_is_trained(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    _: str,
+    keys: Callable[[Path], dict[str, Any]],
+    message: str,
+) -> None:
+    path = rehearsals.write_pair(tmp_path, keys(tmp_path), {})
+    monkeypatch.setattr(DistillationTrainer, "train", lambda _: pytest.fail("it was trained"))
+    begun = time.monotonic()
+    with pytest.raises((KeyError, ValueError), match=rf"(?s){message}"):
+        main(["--config-file", str(path)])
+    assert time.monotonic() - begun < 60
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_the_teachers_own_test_set_is_checked(tmp_path: Path) -> None:
+    path = rehearsals.write_pair(tmp_path, {}, rehearsals.MISTAKES[-1][1](tmp_path))
+    with pytest.raises(ValueError, match=r"broken_test.*nan"):
+        main(["--config-file", str(path)])
+
+
+def test_a_present_teacher_does_not_hide_a_broken_test_set(
+    tmp_path: Path,
+    tiny_teacher: Callable[[str], tiny_runs.TinyTeacher],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = tiny_runs.distil_keys("fcos", tiny_teacher("fcos"))
+    keys |= rehearsals.MISTAKES[-1][1](tmp_path)
+    path = tiny_runs.write_config(tmp_path / "run.yaml", "fcos", keys)
+    monkeypatch.setattr(DistillationTrainer, "train", lambda _: pytest.fail("it was trained"))
+    with pytest.raises(ValueError, match=r"broken_test.*nan"):
+        main(["--config-file", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"MODEL.WEIGHTS": "/gone/weights.pth"}, r"/gone/weights\.pth does not exist"),
+        ({"KD.INHERIT": ["hed.*"]}, r"hed\.\*"),
+        ({"SOLVER.OPTIMIZER": "Adam"}, r"SOLVER.OPTIMIZER is 'Adam'"),
+        ({"MODEL.FCOS.NUM_CLASSES": 1}, r"(NUM_CLASSES to 2 or more|predicts 1 classes)"),
+    ],
+)
+def test_what_a_student_does_at_its_start_is_done_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], message: str
+) -> None:
+    path = rehearsals.write_pair(tmp_path, keys, {})
+    monkeypatch.setattr(DistillationTrainer, "train", lambda _: pytest.fail("it was trained"))
+    with pytest.raises((OSError, ValueError), match=message):
+        main(["--config-file", str(path)])
+
+
+def test_nothing_of_it_is_left(tmp_path: Path) -> None:
+    """Neither files, nor numbers drawn, nor a teacher's checkpoint to be taken for a real one."""
+    path = rehearsals.write_pair(tmp_path, {"DATASETS.TEST": [tiny_runs.DATA]}, {})
+    cfg = load_config(str(path))
+    prepare(cfg)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    check_before_training(cfg, DistillationTrainer)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert sorted(file.name for file in files) == ["student.yaml", "teacher.yaml"]
+    assert not KDCheckpointer(torch.nn.Linear(1, 1), cfg.OUTPUT_DIR).has_checkpoint()
+
+
+def test_a_trainer_of_the_user_is_what_is_tried(tmp_path: Path) -> None:
+    class Trainer(DistillationTrainer):
+        @classmethod
+        def build_model(cls, cfg: Any) -> Any:
+            raise RuntimeError("my own model does not build")
+
+    with pytest.raises(RuntimeError, match="my own model"):
+        main(["--config-file", str(rehearsals.write_pair(tmp_path, {}, {}))], trainer=Trainer)
