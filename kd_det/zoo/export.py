@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kd_det.reading import load_checkpoint
+from kd_det.reading import load_tensors
 from kd_det.zoo.index import weights_path
 
 
@@ -26,7 +26,7 @@ def export_weights(checkpoint: Path, name: str, folder: Path | None = None) -> P
     Raises:
         ValueError: the checkpoint holds no model, or a number that half precision cannot hold.
     """
-    content = load_checkpoint(str(checkpoint))
+    content = load_tensors(checkpoint)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{checkpoint} has no `model`; give a checkpoint of a training run.")
     path = weights_path(name, folder)

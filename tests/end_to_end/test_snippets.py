@@ -76,7 +76,7 @@ COMMAND_LINES = [
     (page.name, line)
     for page in PAGES
     for block in snippets(page, "")
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
     if "uv run" in line
 ]
 

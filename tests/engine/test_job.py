@@ -11,6 +11,7 @@ from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWrit
 from tiny_runs import TinyTeacher
 
 from kd_det.engine import job as job_module
+from kd_det.engine.ending import StopWhenAsked
 from kd_det.engine.job import Job
 from kd_det.engine.main import main
 from kd_det.engine.run_files import ProgressFile, RunResult
@@ -72,10 +73,12 @@ def test_a_trainer_of_the_user_trains_and_evaluates_teacher_and_student(
     keys |= tiny_runs.distil_keys("fcos", teacher)
     config = str(tiny_runs.write_config(tmp_path / "student.yaml", "fcos", keys))
     metrics = main(["--config-file", config], trainer=CountingTrainer)
-    assert CountingTrainer.built == CountingTrainer.tested == ["teacher", "student"]
+    # Both are built once more before that, untrained, to find mistakes early.
+    assert len(CountingTrainer.built) == 4
+    assert CountingTrainer.built[2:] == CountingTrainer.tested[2:] == ["teacher", "student"]
     assert reads == [config]
     again = main(["--config-file", config, "--eval-only"], trainer=CountingTrainer)
-    assert CountingTrainer.built[2:] == CountingTrainer.tested[2:] == ["student"]
+    assert CountingTrainer.built[4:] == CountingTrainer.tested[4:] == ["student"]
     assert str(again) == str(metrics)  # nan is not equal to itself
 
 
@@ -85,5 +88,6 @@ def test_a_step_ends_with_evaluation_checkpoint_logs_and_result(
     cfg = tiny_student("fcos", None, {"TEST.PRECISE_BN.ENABLED": True, "TEST.EVAL_PERIOD": 2})
     hooks = DistillationTrainer(cfg).build_hooks()
     kinds = [type(hook) for hook in hooks]
-    assert kinds[-5:] == [ProgressFile, EvalHook, PeriodicCheckpointer, PeriodicWriter, RunResult]
-    assert [kind.__name__ for kind in kinds[:-5]] == ["IterationTimer", "LRScheduler", "PreciseBN"]
+    last = [EvalHook, PeriodicCheckpointer, PeriodicWriter, RunResult, StopWhenAsked]
+    assert kinds[-6:] == [ProgressFile, *last]
+    assert [kind.__name__ for kind in kinds[:-6]] == ["IterationTimer", "LRScheduler", "PreciseBN"]
