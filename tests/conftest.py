@@ -1,5 +1,10 @@
 """Shared set-up of all tests."""
 
+import os
+
+# One test process a core: threads of their own would only take the cores from each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import kd_det  # noqa: F401  first, so that compat runs before any import of detectron2
 
 # isort: split
