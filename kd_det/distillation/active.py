@@ -10,7 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.distillation.auto_weight import AutoWeight, mean_over_processes
+from kd_det.distillation.auto_weight import AutoWeight
 from kd_det.distillation.batch import Frame
 from kd_det.distillation.capture import CapturePath, Captures, tensors_of
 from kd_det.distillation.gradient_share import Pull, ShareWatch, pull
@@ -18,6 +18,7 @@ from kd_det.distillation.pairing import LevelPair, levels_of
 from kd_det.distillation.schedule import Schedule
 from kd_det.distillers import CaptureSpec, Distiller, Step, Targets, TeacherMap, TeacherModule
 from kd_det.distillers.predictions import DensePredictions, HeadOutputs
+from kd_det.functional.reduce import mean_over_processes
 
 LossDict = dict[str, Tensor]
 # Iteration -> weight.

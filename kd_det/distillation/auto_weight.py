@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
 from torch import Tensor
 
 from kd_det.distillers import Distiller, node_name
+from kd_det.functional.reduce import sum_over_processes
 
 _logger = logging.getLogger(__name__)
 
@@ -34,19 +34,6 @@ _START = 500
 
 # A sum over processes of a small tensor.
 Reduce = Callable[[Tensor], Tensor]
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Return the sum of a tensor over all processes; the tensor itself where there is one."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Return the mean of a tensor over all processes."""
-    count = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return sum_over_processes(values.clone()) / count
 
 
 def auto_weights(cfg: CfgNode, distillers: Mapping[str, Distiller]) -> dict[str, "AutoWeight"]:

@@ -1,7 +1,24 @@
-"""Means over the processes of a job, for what losses are divided by."""
+"""Sums and means over the processes of a job, for what losses are divided by and weighed with."""
 
 import torch
 from torch import Tensor, distributed
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """
+    Add up a tensor over the processes of a job. Every process must call this, in the same order.
+
+    Args:
+        value: of one shape in all processes, any dtype; its gradient is not followed.
+
+    Returns:
+        The sum, floating; with a single process the value itself, bit for bit.
+    """
+    if not _several():
+        return value.detach()
+    total = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
+    distributed.all_reduce(total)
+    return total
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
@@ -19,11 +36,8 @@ def mean_over_processes(value: Tensor) -> Tensor:
     Returns:
         The mean, floating; with a single process the value itself, bit for bit.
     """
-    if not _several():
-        return value.detach()
-    total = value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()
+    total = sum_over_processes(value)
+    return total / distributed.get_world_size() if _several() else total
 
 
 def mean_number_over_processes(value: float, device: torch.device) -> float:

@@ -13,17 +13,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tiny_runs import TinyTeacher
+from waves import wave
 
 from kd_det.distillation.auto_weight import AutoWeight
 from kd_det.distillation.gradient_share import pull
 
 Student = Callable[..., CfgNode]
 MakeTeacher = Callable[[str], TinyTeacher]
-
-
-def wave(shape: tuple[int, ...], a: float, f: float, p: float) -> torch.Tensor:
-    q = torch.arange(math.prod(shape), dtype=torch.float64)
-    return (a * torch.sin(f * q + p)).reshape(shape)
 
 
 def ratio(value: float) -> torch.Tensor:
