@@ -18,7 +18,7 @@ teacher guides a student whose head has no towers.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal
 
 import torch
 from detectron2.config import CfgNode
@@ -34,6 +34,7 @@ from kd_det.distillers.base import (
     Step,
     Targets,
 )
+from kd_det.distillers.checks import expect_choice, expect_number
 from kd_det.distillers.predictions import DensePredictions
 from kd_det.functional.gaussian_importance import Gate, ImportanceOptions, importance_maps
 from kd_det.functional.level_grid import (
@@ -46,6 +47,9 @@ from kd_det.functional.level_grid import (
 )
 from kd_det.functional.pgd import MaskScope, classification_terms, count_selected, regression_terms
 from kd_det.functional.reduce import mean_over_processes
+
+# What is compared: the towers of both heads, or the pyramids.
+Features = Literal["towers", "neck"]
 
 
 @dataclass(frozen=True)
@@ -145,18 +149,18 @@ class PGD(Distiller):
             ValueError: a value out of its range; the message names the key.
         """
         super().__init__()
-        _expect_choice("FEATURES", features, ("towers", "neck"))
-        _expect_choice("GATE", gate, get_args(Gate))
-        _expect_choice("MASK_SCOPE", mask_scope, get_args(MaskScope))
+        expect_choice("KD.PGD.FEATURES", features, Features)
+        expect_choice("KD.PGD.GATE", gate, Gate)
+        expect_choice("KD.PGD.MASK_SCOPE", mask_scope, MaskScope)
         for key, weight in (("ALPHA", alpha), ("BETA", beta), ("GAMMA", gamma), ("DELTA", delta)):
-            _expect_number(key, weight, low=0)
+            expect_number(f"KD.PGD.{key}", weight)
         for i, weight in enumerate(level_weights):
-            _expect_number(f"LEVEL_WEIGHTS[{i}]", weight, low=0)
-        _expect_number("TAU", tau, low=1e-6)
-        _expect_number("TOP_K", top_k, low=1)
-        _expect_number("TOWER_BLOCK", tower_block, low=0)
-        _expect_number("XI_CLS", xi_cls, low=0, high=1)
-        _expect_number("XI_REG", xi_reg, low=0, high=1)
+            expect_number(f"KD.PGD.LEVEL_WEIGHTS[{i}]", weight)
+        expect_number("KD.PGD.TAU", tau, low=1e-6)
+        expect_number("KD.PGD.TOP_K", top_k, low=1)
+        expect_number("KD.PGD.TOWER_BLOCK", tower_block)
+        expect_number("KD.PGD.XI_CLS", xi_cls, high=1)
+        expect_number("KD.PGD.XI_REG", xi_reg, high=1)
         neck = features == "neck"
         self.cls_path = "backbone" if neck else f"{cls_tower}#{tower_block}"
         self.reg_path = "" if neck or not reg_tower else f"{reg_tower}#{tower_block}"
@@ -254,18 +258,6 @@ class PGD(Distiller):
             for pair, importance, count in zip(pairs, importances, counts, strict=True)
         )
         return torch.stack([term.weighted(self.gamma, self.delta) for term in terms]).sum()
-
-
-def _expect_choice(key: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        expected = " or ".join(map(repr, choices))
-        raise ValueError(f"KD.PGD.{key} is {value!r}, expected {expected}.")
-
-
-def _expect_number(key: str, value: float, *, low: float, high: float = math.inf) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
-        bound = f"a number from {low:g}" + (f" to {high:g}" if high < math.inf else " on")
-        raise ValueError(f"KD.PGD.{key} is {value}, expected {bound}.")
 
 
 def _pad(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
