@@ -194,7 +194,9 @@ class DistillationDetector(nn.Module):
             return {**self.student(self.view(batched_inputs)), **self._idle(self.active)}
         return self._distil(batched_inputs, awake)
 
-    def observe(self, batched_inputs: list[dict[str, Any]]) -> Observation:
+    def observe(
+        self, batched_inputs: list[dict[str, Any]], names: Sequence[str] | None = None
+    ) -> Observation:
         """
         Run both models on a batch, the teacher only as far as the distillers look.
 
@@ -203,6 +205,7 @@ class DistillationDetector(nn.Module):
 
         Args:
             batched_inputs: Detectron2's inputs, as loaded.
+            names: the active distillers whose steps are wanted; None for all.
 
         Raises:
             RuntimeError: there is no active distiller, so nothing to observe.
@@ -222,6 +225,7 @@ class DistillationDetector(nn.Module):
         steps = {
             name: active.step(student, teacher, targets, frame)
             for name, active in self.active.items()
+            if names is None or name in names
         }
         return Observation(outputs, steps)
 
@@ -233,7 +237,7 @@ class DistillationDetector(nn.Module):
         ]
 
     def _distil(self, batched_inputs: list[dict[str, Any]], awake: list[str]) -> LossDict:
-        seen = self.observe(batched_inputs)
+        seen = self.observe(batched_inputs, awake)
         losses: LossDict = dict(seen.outputs)
         detection = torch.stack([value.float() for value in seen.outputs.values()]).sum()
         for name, active in self.active.items():

@@ -325,3 +325,23 @@ def test_what_enters_an_activation(tiny_student: Student, tiny_teacher: MakeTeac
     (capture,) = model.active["Looking"].captures
     assert capture.student is not None
     assert capture.student.module == "head.cls_subnet.0"
+
+
+def test_a_resting_distiller_costs_no_adapter(
+    tiny_student: Student, tiny_teacher: MakeTeacher, tiny_records: list[dict[str, Any]]
+) -> None:
+    cfg = tiny_student("fcos", tiny_teacher("fcos"))
+    model = DistillationDetector(
+        student=build_model(student_cfg(cfg)),
+        teacher=build_teacher(cfg),
+        distillers={"FeatureLp": FeatureLp(), "FeatureLp:resting": FeatureLp()},
+        schedules={"FeatureLp:resting": lambda iteration: 0.0},
+    )
+    ran: list[str] = []
+    for name, active in model.active.items():
+        active.adapters["features"][0].register_forward_hook(
+            lambda *args, name=name: ran.append(name)
+        )
+    losses, _ = tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records))
+    assert ran == ["FeatureLp"]
+    assert losses["loss_kd_feature_lp:resting_idle"] == 0
