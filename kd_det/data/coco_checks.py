@@ -23,7 +23,7 @@ _MAX_SIDE = 65_535
 
 def check_coco(
     name: str, json_file: Path, images: Path, *, masks: bool = False, keypoints: bool = False
-) -> None:
+) -> dict[str, Any]:
     """
     Check an annotation file and the presence of its images. Pixels are not read.
 
@@ -33,6 +33,9 @@ def check_coco(
         images: folder that its file names are relative to.
         masks: every object needs a segmentation, since the model learns or predicts masks.
         keypoints: every object needs keypoints.
+
+    Returns:
+        What the file holds.
 
     Raises:
         FileNotFoundError: the file or an image is missing.
@@ -56,6 +59,7 @@ def check_coco(
     check_entries(where, "annotation", annotations, _OF_ANNOTATIONS)
     _check_annotations(where, content, annotations, masks=masks, keypoints=keypoints)
     _check_images(where, images, [image["file_name"] for image in content["images"]])
+    return content
 
 
 def _check_image_entries(where: str, entries: Sequence[Mapping[str, Any]]) -> None:

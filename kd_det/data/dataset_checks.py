@@ -7,7 +7,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 
-from kd_det.data.annotation_file import read_annotation_file
 from kd_det.data.coco_checks import check_coco
 from kd_det.reading import load_pickle
 from kd_det.text import nearest
@@ -74,15 +73,14 @@ def _check(name: str, cfg: CfgNode) -> list[Size]:
         ]
     if not Path(json_file).is_file():
         DatasetCatalog.get(name)  # draws what is drawn on demand, or says how to get it
-    check_coco(
+    content = check_coco(
         name,
         Path(json_file),
         Path(metadata.image_root),
         masks=cfg.MODEL.MASK_ON,
         keypoints=cfg.MODEL.KEYPOINT_ON,
     )
-    images = read_annotation_file(Path(json_file))["images"]
-    return [(name, image["file_name"], image["width"], image["height"]) for image in images]
+    return [(name, x["file_name"], x["width"], x["height"]) for x in content["images"]]
 
 
 def _check_sizes(sizes: Iterable[Size], shortest: list[int], longest: int, role: str) -> None:

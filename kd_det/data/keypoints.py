@@ -1,9 +1,10 @@
 """What Detectron2 must know of a data set's keypoints: names, left and right, and bones."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from kd_det.data.annotation_file import read_annotation_file
 
 # Okabe and Ito's colours, told apart by everybody.
 _COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167))
@@ -25,8 +26,7 @@ def keypoint_metadata(json_file: Path) -> dict[str, Any]:
     Raises:
         ValueError: no category names its keypoints, or two name them differently.
     """
-    with open(json_file, encoding="utf-8") as file:
-        categories = json.load(file)["categories"]
+    categories = read_annotation_file(json_file)["categories"]
     described = [item for item in categories if item.get("keypoints")]
     if not described:
         raise ValueError(

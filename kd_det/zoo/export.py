@@ -1,12 +1,12 @@
 """From a checkpoint to a file of the zoo: the model alone, its weights at half precision."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kd_det.files import write_whole
 from kd_det.reading import load_tensors
 from kd_det.zoo.index import weights_path
 
@@ -31,9 +31,8 @@ def export_weights(checkpoint: Path, name: str, folder: Path | None = None) -> P
         raise ValueError(f"{checkpoint} has no `model`; give a checkpoint of a training run.")
     path = weights_path(name, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.part")
-    torch.save({"model": halve(content["model"])}, draft)
-    os.replace(draft, path)
+    half = halve(content["model"])
+    write_whole(path, lambda file: torch.save({"model": half}, file))
     return path
 
 
