@@ -1,4 +1,4 @@
-"""The figure of a comparison: AP of every arm above, detections on a few test images below."""
+"""The figure of a comparison: AP of every arm, how hard each was pulled, a few test images."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 
 from kd_det.experiments.ground_truth import GroundTruth
 from kd_det.experiments.pages import interval
+from kd_det.experiments.share_chart import draw_shares, has_shares
 
 _SCORE = 0.4  # detections above it are drawn
 _IMAGES = 2
@@ -45,11 +46,15 @@ def draw_report(
     """
     arms = report["arms"]
     chart_inches = 0.9 + 0.42 * len(arms)
+    shares_inches = 2.0 if has_shares(arms) else 0.0
     images_inches = 2.05
-    figure = Figure(figsize=(10, chart_inches + images_inches), dpi=150, facecolor="white")
+    heights = [h for h in (chart_inches, shares_inches, images_inches) if h]
+    figure = Figure(figsize=(10, sum(heights)), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
-    halves = figure.subfigures(2, 1, squeeze=False, height_ratios=[chart_inches, images_inches])
-    chart, strip = halves[:, 0]
+    rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    chart, strip = rows[0], rows[-1]
+    if shares_inches:
+        draw_shares(rows[1].add_axes((0.235, 0.24, 0.55, 0.6)), arms, arm_colours(report))
     _draw_chart(chart.add_axes((0.235, 0.55 / chart_inches, 0.55, 1 - 0.85 / chart_inches)), report)
     _draw_images(strip, report, truth, detections)
     figure.savefig(file, format="png")

@@ -8,7 +8,7 @@ from tabulate import tabulate
 from kd_det.experiments.pulls import rows
 from kd_det.experiments.report import METRICS
 
-_HEADERS = ("", *METRICS, "ΔAP [95 % interval]", "gap closed", "s/step", "memory")
+_HEADERS = ("", *METRICS, "ΔAP [95 % interval]", "gap closed", "memory")
 
 
 def table(report: Mapping[str, Any], style: str) -> str:
@@ -23,14 +23,12 @@ def table(report: Mapping[str, Any], style: str) -> str:
 def _row(entry: Mapping[str, Any]) -> list[str]:
     mean, std = entry["mean"], entry["std"]
     gap = entry.get("gap_closed")
-    seconds, memory = entry["sec_per_step"], entry["peak_memory_mb"]
-    ratio = entry.get("sec_per_step_ratio")
+    memory = entry["peak_memory_mb"]
     return [
         entry["label"],
         *(_with_spread(mean[key], std[key] if key == "AP" else None) for key in METRICS),
         interval(entry["delta"]) if entry.get("delta") else "",
         "" if gap is None else f"{100 * gap:.0f} %",
-        ("" if seconds is None else f"{seconds:.2f}") + (f" ({ratio:.2f}x)" if ratio else ""),
         "" if memory is None else f"{memory:.0f} MB",
     ]
 
@@ -138,8 +136,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         + (" ± sample standard deviation" if len(seeds) > 1 else "")
         + f". ΔAP is the paired difference to `{report['baseline']}` with its "
         f"{_about_intervals(len(seeds))}; gap closed is its share of the distance between "
-        "the teacher and that arm. s/step is the median wall time of a training step (and its "
-        "ratio to the baseline's), memory the peak of the training process.",
+        "the teacher and that arm; memory the peak of the training process. Speeds are for `kd-det "
+        "bench`: these runs shared the machine with each other.",
         "",
         *(f"* {line}" for line in findings),
         *([""] if findings else []),

@@ -142,14 +142,12 @@ def _middle(values: Any) -> float | None:
 
 
 def _relate(arms: list[dict[str, Any]], teacher: Mapping[str, Any], baseline: str) -> None:
-    """Fill in what needs the baseline or the teacher: gap_closed and sec_per_step_ratio."""
+    """Fill in what needs the teacher: gap_closed."""
     base = next(arm for arm in arms if arm["name"] == baseline)
     gap = teacher["mean"]["AP"] - base["mean"]["AP"]
     for arm in arms:
         # A teacher that is no better than the student leaves no gap to close.
         arm["gap_closed"] = arm["delta"]["mean"] / gap if arm["delta"] and gap > 0 else None
-        known = arm["sec_per_step"] and base["sec_per_step"]
-        arm["sec_per_step_ratio"] = arm["sec_per_step"] / base["sec_per_step"] if known else None
 
 
 def read_detections(folder: Path) -> list[dict[str, Any]]:

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from kd_det.experiments.pages import pull_table
 from kd_det.experiments.pulls import read_curves, summarize
+from kd_det.experiments.share_chart import draw_shares, has_shares
 
 
 def write(folder: Path, shares: dict[int, float]) -> Path:
@@ -44,3 +46,22 @@ def test_table(tmp_path: Path) -> None:
     text = pull_table({"arms": arms}, "github")
     assert "| SSIM | ssim:head" in text and "3 → 2 → 1" in text and "2 → 2 → 2" in text
     assert pull_table({"arms": arms[:1]}, "github") == ""
+
+
+def test_the_chart_has_a_line_per_distiller(tmp_path: Path) -> None:
+    pull = summarize([write(tmp_path / "a", {0: 3.0, 20: 1.0})])
+    twice = {**pull, "l2": {"share": {"curve": [[0, 0.0], [20, 0.1]]}}}
+    arms = [
+        {"name": "none", "label": "alone", "pull": {}},
+        {"name": "ssim", "label": "SSIM", "pull": pull},
+        {"name": "both", "label": "both", "pull": twice},
+    ]
+    assert has_shares(arms) and not has_shares(arms[:1])
+    axes = Figure().add_subplot()
+    draw_shares(axes, arms, {"none": "grey", "ssim": "red", "both": "blue"})
+    drawn = {str(line.get_label()): line for line in axes.lines if line.get_color() != "#6b7785"}
+    assert list(drawn) == ["SSIM", "both: ssim:head", "both: l2"]
+    assert list(drawn["SSIM"].get_ydata()) == [3.0, 1.0]
+    assert list(drawn["both: l2"].get_xdata()) == [20]  # a share of zero has no logarithm
+    styles = {line.get_linestyle() for name, line in drawn.items() if name.startswith("both")}
+    assert len(styles) == 2

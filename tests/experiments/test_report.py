@@ -51,7 +51,6 @@ def test_report_holds_what_can_be_worked_out_by_hand(lab, capsys):
     assert (l2["delta"]["verdict"], l2["delta"]["seeds"]) == ("gain", 2)
     assert l2["delta"]["method"] == "seeds and test images" and l2["delta"]["holm"] < 0.05
     assert l2["gap_closed"] == pytest.approx(65.0 / (165.0 - 35.0))
-    assert l2["sec_per_step"] == 0.3 and l2["sec_per_step_ratio"] == pytest.approx(1.5)
     assert again["delta"]["mean"] == pytest.approx(0.0)
     (pair,) = report["comparisons"]
     assert (pair["arm"], pair["against"]) == ("again", "l2")
@@ -62,7 +61,8 @@ def test_report_holds_what_can_be_worked_out_by_hand(lab, capsys):
     assert report["environment"]["kd_det"] and report["environment"]["cores"] >= 1
 
     shown = capsys.readouterr().out
-    assert "+65.00 [+65.00, +65.00]" in shown and "50 %" in shown and "0.30 (1.50x)" in shown
+    assert "+65.00 [+65.00, +65.00]" in shown and "50 %" in shown
+    assert "s/step" not in shown  # the runs shared the machine
     page = (lab.out / "report.md").read_text()
     assert "35.0 ± 1.4" in page and "L2 on features" in page and "(report.png)" in page
     held = "holds after Holm's correction for 3 comparisons"
