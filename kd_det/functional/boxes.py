@@ -16,6 +16,20 @@ def box_centers(boxes: Tensor) -> Tensor:
     return (boxes[..., :2] + boxes[..., 2:]) / 2
 
 
+def boxes_around(points: Tensor, distances: Tensor) -> Tensor:
+    """
+    Return the boxes whose sides have these distances from their points.
+
+    Args:
+        points: (..., 2) x and y in pixels.
+        distances: (..., 4) in pixels to the left, top, right and bottom side.
+
+    Returns:
+        (..., 4) corners in pixels.
+    """
+    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+
+
 def strictly_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """
     Tell which coordinates lie between two sides of a box, not on them.
