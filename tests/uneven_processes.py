@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from kd_det.distillers import PGD
 
 Result = dict[str, Tensor]
-DETECTORS = ("atss", "gfl", "autoassign")
+DETECTORS = ("atss", "gfl", "autoassign", "fsaf")
 
 
 def pgd(images: list[int]) -> Result:

@@ -19,7 +19,10 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "total_loss" in row]
 
 
-@pytest.mark.parametrize("config", ["student.yaml", "atss.yaml", "gfl.yaml"])
+DETECTORS = ["student.yaml", "atss.yaml", "gfl.yaml", "autoassign.yaml", "fsaf.yaml"]
+
+
+@pytest.mark.parametrize("config", DETECTORS)
 def test_a_detector_learns(config: str, tmp_path: Path) -> None:
     own = ["DATASETS.TEST", "('shapes_val',)", "OUTPUT_DIR", str(tmp_path)]
     metrics = main(["--config-file", str(CONFIGS / config), *SHORT, *own])

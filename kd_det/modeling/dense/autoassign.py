@@ -152,33 +152,34 @@ class AutoAssign(SinglePredictionDetector):
         box, position = pairs_inside(box_centers(cells), truth.boxes)
         get_event_storage().put_scalar("num_pos_anchors", len(box) / len(gt_instances))
         targets, classes, image = truth.boxes[box], truth.classes[box], truth.image[box]
-        row = image * len(cells) + position
-        near = cells[position]
-        mean, sigma = self.head.center_mean[classes], self.head.center_sigma[classes]
-        prior = center_prior(box_centers(near), _strides(near), targets, mean, sigma)
-
-        distance = 1 - aligned_giou(boxes[row], targets)
-        likelihood = (-self.options.bbox_loss_weight * distance).exp()
-        confidence = probabilities[row, classes] * likelihood
-        count = len(truth.boxes)
-        pos = positive_terms(
-            confidence, prior, box, count, temperature=self.options.temperature
-        ).sum()
+        row, count = image * len(cells) + position, len(truth.boxes)
+        prior = self._prior(cells[position], targets, classes)
+        confidence = probabilities[row, classes] * self._likelihood(boxes[row], targets)
+        tau = self.options.temperature
+        pos = positive_terms(confidence, prior, box, count, temperature=tau).sum()
 
         overlap = _best_overlap(boxes.detach().view(len(gt_instances), -1, 4), gt_instances)
         share = foreground_share(overlap[row], box, count)
-        neg = negative_terms(
-            probabilities * negative_weights(share, row, classes, probabilities)
-        ).sum()
+        weights = negative_weights(share, row, classes, probabilities)
+        neg = negative_terms(probabilities * weights).sum()
 
-        number = prior.new_full((), count)
-        divisors = mean_over_processes(torch.stack([number, prior.sum()])).clamp(min=1)
-        center = center_terms(prior, image, truth.counts)
+        totals = torch.stack([prior.new_full((), count), prior.sum()])
+        divisors = mean_over_processes(totals).clamp(min=1)
+        center = center_terms(prior, image, truth.counts).mean()
         return {
             "loss_autoassign_pos": self.options.pos_weight * pos / divisors[0],
             "loss_autoassign_neg": self.options.neg_weight * neg / divisors[1],
-            "loss_autoassign_center": self.options.center_weight * center.mean(),
+            "loss_autoassign_center": self.options.center_weight * center,
         }
+
+    def _prior(self, cells: Tensor, targets: Tensor, classes: Tensor) -> Tensor:
+        """Return (P,): how central cells (P, 4) are in their boxes (P, 4), as the class has it."""
+        mean, sigma = self.head.center_mean[classes], self.head.center_sigma[classes]
+        return center_prior(box_centers(cells), _strides(cells), targets, mean, sigma)
+
+    def _likelihood(self, boxes: Tensor, targets: Tensor) -> Tensor:
+        """Return (P,) in [0, 1]: how well predicted boxes (P, 4) fit theirs."""
+        return (-self.options.bbox_loss_weight * (1 - aligned_giou(boxes, targets))).exp()
 
 
 @torch.no_grad()

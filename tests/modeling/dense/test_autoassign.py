@@ -193,8 +193,8 @@ def test_registered_head_and_its_start() -> None:
     model = build_tiny("autoassign")
     assert isinstance(model, META_ARCH_REGISTRY.get("AutoAssign"))
     parts = {name.split(".")[1] for name, _ in model.named_parameters() if "head." in name}
-    towers = {"cls_subnet", "bbox_subnet", "cls_score", "bbox_pred", "quality", "scales"}
-    assert parts == {*towers, "center_mean", "center_sigma"}
+    convs = {"cls_subnet", "bbox_subnet", "cls_score", "bbox_pred", "quality"}
+    assert parts == {*convs, "scales", "center_mean", "center_sigma"}
     assert torch.equal(model.head.cls_score.bias, torch.full((3,), -math.log(49)))
     assert torch.equal(model.head.bbox_pred.bias, torch.full((4,), 4.0))
     assert not model.head.center_mean.any() and (model.head.center_sigma == 1).all()
@@ -202,13 +202,8 @@ def test_registered_head_and_its_start() -> None:
 
 def test_built_from_python_without_a_config() -> None:
     made = build_tiny("autoassign")
-    again = AutoAssign(
-        backbone=made.backbone,
-        head=made.head,
-        options=made.options,
-        pixel_mean=[0.0] * 3,
-        pixel_std=[1.0] * 3,
-    )
+    parts = {"backbone": made.backbone, "head": made.head, "options": made.options}
+    again = AutoAssign(**parts, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
     assert set(losses_of(again, two_images())) == set(losses_of(made, two_images()))
 
 
@@ -228,8 +223,7 @@ def test_images_without_objects(batch: list[dict]) -> None:
 def test_a_prior_without_width_stays_finite() -> None:
     prior = [[[0.0, 0], [0.0, 0]], [[0.0, 0], [0.0, 0]]]
     # The second box has a position exactly at its mean, the first has none anywhere near.
-    boxes = [BOXES[0], [0.0, 0, 32, 32]]
-    model, losses = spec_losses(boxes=boxes, prior=prior)
+    model, losses = spec_losses(boxes=[BOXES[0], [0.0, 0, 32, 32]], prior=prior)
     sum(losses.values()).backward()
     assert all(math.isfinite(x) for x in values(losses))
     assert model.head.center_mean.grad.isfinite().all()

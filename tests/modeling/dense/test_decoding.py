@@ -18,7 +18,7 @@ ATSS_IOU = ("MODEL.ATSS.QUALITY_BRANCH", "iou")
 RETINANET = ("MODEL.ANCHOR_GENERATOR.SIZES", [[32.0], [64.0], [128.0]])
 RETINANET += ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, 2.0]])
 DETECTORS = [("fcos", ()), ("retinanet", RETINANET), ("atss", ()), ("atss", ATSS_IOU), ("gfl", ())]
-DETECTORS += [("autoassign", ())]
+DETECTORS += [("autoassign", ()), ("fsaf", ())]
 # A score is the root of class times quality; here the product itself.
 WITHOUT_ROOT = ("autoassign",)
 every_detector = pytest.mark.parametrize(("name", "opts"), DETECTORS)
