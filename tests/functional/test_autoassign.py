@@ -110,6 +110,14 @@ def test_sides_are_outside_and_levels_do_not_matter() -> None:
     assert box.tolist() == [0, 0] and position.tolist() == [1, 2]
 
 
+def test_pairs_of_the_description() -> None:
+    cells = [(8, r, c) for r in range(4) for c in range(4)]
+    cells += [(16, r, c) for r in range(2) for c in range(2)]
+    points = torch.tensor([[float(c * s), float(r * s)] for s, r, c in cells])
+    boxes = torch.tensor([[2.3, 3.1, 23.9, 17.7], [9.2, 6.4, 30.6, 30.2]])
+    assert pairs_inside(points, boxes)[0].bincount().tolist() == [5, 7]
+
+
 def test_no_boxes() -> None:
     nothing, index = torch.zeros(0, requires_grad=True), torch.zeros(0, dtype=torch.int64)
     assert pairs_inside(torch.zeros(5, 2), torch.zeros(0, 4))[0].tolist() == []

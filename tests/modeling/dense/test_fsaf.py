@@ -13,6 +13,8 @@ from spec_batch import BOX_CLASSES, BOXES
 from tiny_dense import build_tiny, losses_of, make_image, no_objects, overfit, two_images
 from torch import Tensor, nn
 
+from kd_det.functional.fsaf import select_levels
+from kd_det.modeling.dense import fsaf
 from kd_det.modeling.dense.fsaf import FSAF
 from kd_det.modeling.msad.heads import heads_of
 
@@ -38,13 +40,10 @@ def test_decoding_by_hand() -> None:
     outputs = torch.tensor([[0.5, 0.25, -0.3, 0.75]])
     model = build_tiny("fsaf")
     torch.testing.assert_close(model.decode_boxes(outputs, cell), torch.tensor([[48.0, 0, 96, 48]]))
-
-
-def test_decoded_box_of_the_spec_batch() -> None:
-    outputs = spec_outputs()[1][0][0].flatten(1).T[5:6]
-    found = spec_batch.build("fsaf").decode_boxes(outputs, torch.tensor([[4.0, 4, 12, 12]]))
-    expected = torch.tensor([[1.628324, 3.317033, 17.460403, 11.323528]])
-    torch.testing.assert_close(found, expected)
+    # Position 5 of image 0 of the spec batch, unit 32.
+    fifth = spec_outputs()[1][0][0].flatten(1).T[5:6]
+    found = model.decode_boxes(fifth, torch.tensor([[4.0, 4, 12, 12]]))
+    assert found[0].tolist() == pytest.approx([1.628324, 3.317033, 17.460403, 11.323528], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +62,29 @@ def test_losses_of_mmdetection(
     truth = [spec_batch.instances(*objects[n]) for n in images]
     losses = spec_batch.losses(spec_batch.build("fsaf", *opts), spec_outputs(images), truth)
     assert values(losses) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("opts", "second"), [((), 1.732073), (PAPER_MARGIN, 1.731989)])
+def test_mean_losses_of_the_levels(
+    opts: tuple[Any, ...], second: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Tensor] = []
+
+    def listen(*args: Any) -> Tensor:
+        asked.extend(args[:4])
+        return select_levels(*args)
+
+    monkeypatch.setattr(fsaf, "select_levels", listen)
+    truth = [spec_batch.instances(BOXES, BOX_CLASSES), spec_batch.instances([], [])]
+    spec_batch.losses(spec_batch.build("fsaf", *opts), spec_outputs(), truth)
+    loss, positive, box, level = asked
+
+    def mean(g: int, number: int) -> float:
+        return loss[positive & (box == g) & (level == number)].mean().item()
+
+    found = [mean(0, 0), mean(0, 1), mean(1, 0)]
+    assert found == pytest.approx([1.299726, 0.994886, second], abs=1e-5)
+    assert math.isnan(mean(1, 1))  # box 1 has no positive there
 
 
 def cover(cell: tuple[int, int, int], box: list[float], shrink: float) -> float:
@@ -273,6 +295,5 @@ def test_options_out_of_range(key: str, value: float, message: str) -> None:
 
 
 def test_no_aligned_teacher_of_it() -> None:
-    """The branches of one share targets."""
     with pytest.raises(TypeError, match=r"names a FSAF, which does not say"):
         heads_of(build_tiny("fsaf"))
