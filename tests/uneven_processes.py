@@ -16,6 +16,7 @@ from torch import Tensor, distributed
 from kd_det.distillers import PGD
 
 Result = dict[str, Tensor]
+DETECTORS = ("atss", "gfl", "autoassign", "fsaf")
 
 
 def pgd(images: list[int]) -> Result:
@@ -65,7 +66,7 @@ def dense(name: str, images: list[int]) -> Result:
 def all_results(images: list[int]) -> dict[str, Result]:
     """Return what `pgd` and `dense` return for these images."""
     torch.set_num_threads(1)
-    return {"pgd": pgd(images), **{name: dense(name, images) for name in ("atss", "gfl")}}
+    return {"pgd": pgd(images), **{name: dense(name, images) for name in DETECTORS}}
 
 
 def work(rank: int, folder: str) -> None:

@@ -108,3 +108,17 @@ def aligned_giou(boxes: Tensor, others: Tensor, eps: float = 1e-6) -> Tensor:
     enclosing = (high - low).prod(dim=-1)
     penalty = (enclosing - union) / enclosing.clamp(min=eps)
     return intersection / union.clamp(min=eps) - penalty
+
+
+def boxes_around(points: Tensor, distances: Tensor) -> Tensor:
+    """
+    Return the boxes whose sides have these distances from their points.
+
+    Args:
+        points: (..., 2) x and y in pixels.
+        distances: (..., 4) in pixels to the left, top, right and bottom side.
+
+    Returns:
+        (..., 4) corners in pixels.
+    """
+    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)

@@ -34,6 +34,10 @@ RUNS: list[tuple[str, str, str, dict[str, Any], list[str]]] = [
     ),
     ("BCKD", "gfl", "gfl", {}, ["_cls", "_loc"]),
     ("BCKD", "retinanet", "retinanet", {}, ["_cls", "_loc"]),
+    # Detectors whose assignment follows their predictions.
+    ("PGD", "autoassign", "autoassign", {"TAU": 0.4}, ["_cls", "_reg"]),
+    ("BCKD", "autoassign", "fsaf", {}, ["_cls", "_loc"]),
+    ("CROSSKD", "fsaf", "autoassign", {"REUSE_FROM": 1}, ["_cls", "_reg"]),
     # Students of other classes and assignments; one without a dense head.
     ("CROSSKD", "gfl", "gfl", {"REUSE_FROM": 1}, ["_cls", "_reg"]),
     ("CROSSKD", "fcos", "retinanet", {"REUSE_FROM": 1}, ["_cls", "_reg"]),

@@ -19,12 +19,16 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "total_loss" in row]
 
 
-@pytest.mark.parametrize("config", ["student.yaml", "atss.yaml", "gfl.yaml"])
-def test_a_detector_learns(config: str, tmp_path: Path) -> None:
+# What is left of the loss of the first steps. AutoAssign's is a mean over all positions in a box.
+DETECTORS = {"student": 0.8, "atss": 0.8, "gfl": 0.8, "autoassign": 0.85, "fsaf": 0.8}
+
+
+@pytest.mark.parametrize(("config", "left"), DETECTORS.items())
+def test_a_detector_learns(config: str, left: float, tmp_path: Path) -> None:
     own = ["DATASETS.TEST", "('shapes_val',)", "OUTPUT_DIR", str(tmp_path)]
-    metrics = main(["--config-file", str(CONFIGS / config), *SHORT, *own])
+    metrics = main(["--config-file", str(CONFIGS / f"{config}.yaml"), *SHORT, *own])
     rows = losses(tmp_path)
-    assert rows[-1]["total_loss"] < 0.8 * rows[0]["total_loss"]
+    assert rows[-1]["total_loss"] < left * rows[0]["total_loss"]
     assert metrics["bbox"]["AP50"] > 1  # of random weights: 0.0
 
 

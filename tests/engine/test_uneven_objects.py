@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, multiprocessing
-from uneven_processes import Result, all_results, work
+from uneven_processes import DETECTORS, Result, all_results, work
 
 from kd_det.functional import reduce
 
-NAMES = ["pgd", "atss", "gfl"]
+NAMES = ["pgd", *DETECTORS]
 Results = dict[str, Result]
 
 
@@ -69,7 +69,10 @@ def test_two_processes_equal_one_with_the_double_batch(
     check(name, one, two)
 
 
-@pytest.mark.parametrize(("name", "loss"), [("pgd", "reg"), ("atss", "loss_atss_loc")])
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [("pgd", "reg"), ("atss", "loss_atss_loc"), ("autoassign", "loss_autoassign_pos")],
+)
 def test_each_on_its_own_would_differ(one: Results, name: str, loss: str) -> None:
     """By a twentieth and more: the objects are unevenly spread."""
     alone = [all_results([rank])[name][loss] for rank in range(2)]

@@ -14,7 +14,7 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from torch import Tensor
 
 from kd_det.distillers.predictions import DensePredictions, HeadOutputs, register_decoder
-from kd_det.functional.boxes import aligned_giou, aligned_iou, box_centers
+from kd_det.functional.boxes import aligned_giou, aligned_iou, box_centers, boxes_around
 from kd_det.functional.focal import (
     distribution_focal_loss,
     distribution_mean,
@@ -73,10 +73,9 @@ class GFL(SingleAnchorDetector):
     with_quality = False
 
     def decode_boxes(self, outputs: Tensor, anchors: Tensor) -> Tensor:
-        """See `SingleAnchorDetector.decode_boxes`; outputs are the logits of the sides' bins."""
+        """See `SinglePredictionDetector.decode_boxes`; outputs: logits of the sides' bins."""
         distances = distribution_mean(self._bins(outputs)) * self._strides(anchors)
-        centers = box_centers(anchors)
-        return torch.cat([centers - distances[:, :2], centers + distances[:, 2:]], dim=1)
+        return boxes_around(box_centers(anchors), distances)
 
     def losses(
         self, flat: list[Tensor], positives: Positives, normalizer: float

@@ -10,7 +10,7 @@ from tiny_dense import CLASSES, build_tiny
 from torch import Tensor, nn
 
 from kd_det.distillers.predictions import decoder_of
-from kd_det.modeling.dense.single_anchor import SingleAnchorDetector
+from kd_det.modeling.dense.single_prediction import SinglePredictionDetector
 
 SIZES = [(8, 12), (4, 6), (2, 3)]
 ATSS_IOU = ("MODEL.ATSS.QUALITY_BRANCH", "iou")
@@ -18,6 +18,9 @@ ATSS_IOU = ("MODEL.ATSS.QUALITY_BRANCH", "iou")
 RETINANET = ("MODEL.ANCHOR_GENERATOR.SIZES", [[32.0], [64.0], [128.0]])
 RETINANET += ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, 2.0]])
 DETECTORS = [("fcos", ()), ("retinanet", RETINANET), ("atss", ()), ("atss", ATSS_IOU), ("gfl", ())]
+DETECTORS += [("autoassign", ()), ("fsaf", ())]
+# A score is the root of class times quality; here the product itself.
+WITHOUT_ROOT = ("autoassign",)
 every_detector = pytest.mark.parametrize(("name", "opts"), DETECTORS)
 
 
@@ -39,7 +42,7 @@ def build_lively(name: str, opts: tuple[Any, ...]) -> tuple[nn.Module, list[Tens
 
 
 def keep_everything(model: nn.Module) -> None:
-    if isinstance(model, SingleAnchorDetector):
+    if isinstance(model, SinglePredictionDetector):
         everything = {"score_thresh_test": 0.0, "topk_candidates_test": 10**6}
         model.options = replace(model.options, nms_thresh_test=1.1, **everything)
         model.max_detections = 50
@@ -61,7 +64,8 @@ def test_boxes_are_those_the_detector_decodes(name: str, opts: tuple[Any, ...]) 
     probabilities = torch.cat(decoded.logits, dim=1).sigmoid()
     if len(outputs) == 3:
         quality = torch.cat([x.flatten(1) for x in outputs[2]], dim=1).sigmoid()
-        probabilities = (probabilities * quality[..., None]).sqrt()
+        probabilities = probabilities * quality[..., None]
+        probabilities = probabilities if name in WITHOUT_ROOT else probabilities.sqrt()
     boxes = torch.cat(decoded.boxes, dim=1)
     for image, found in enumerate(results):
         scores, order = probabilities[image].flatten().sort(descending=True)
