@@ -41,7 +41,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_new_detector_is_one_function_that_serves_its_subclasses() -> None:
     with pytest.raises(
         TypeError,
-        match=r"dense predictions of Child; known are .*FCOS, GFL, RetinaNet, SingleAnchor",
+        match=r"dense predictions of Child; known are .*FCOS, GFL, RetinaNet, SinglePrediction",
     ):
         decoder_of(Child())
     register_decoder(Parent)(decoding(4.0))

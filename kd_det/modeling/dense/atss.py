@@ -82,11 +82,11 @@ class ATSS(SingleAnchorDetector):
         return Box2BoxTransform(weights=tuple(self.options.bbox_reg_weights))
 
     def decode_boxes(self, outputs: Tensor, anchors: Tensor) -> Tensor:
-        """See `SingleAnchorDetector.decode_boxes`; outputs are R-CNN's (dx, dy, dw, dh)."""
+        """See `SinglePredictionDetector.decode_boxes`; outputs are R-CNN's (dx, dy, dw, dh)."""
         return self.box2box_transform.apply_deltas(outputs, anchors)
 
     def scores(self, probabilities: Tensor, quality: Tensor | None) -> Tensor:
-        """See `SingleAnchorDetector.scores`: sqrt(probability * quality)."""
+        """See `SinglePredictionDetector.scores`: sqrt(probability * quality)."""
         assert quality is not None
         return (probabilities * quality.sigmoid()).sqrt()
 

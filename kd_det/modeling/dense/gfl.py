@@ -73,7 +73,7 @@ class GFL(SingleAnchorDetector):
     with_quality = False
 
     def decode_boxes(self, outputs: Tensor, anchors: Tensor) -> Tensor:
-        """See `SingleAnchorDetector.decode_boxes`; outputs are the logits of the sides' bins."""
+        """See `SinglePredictionDetector.decode_boxes`; outputs: logits of the sides' bins."""
         distances = distribution_mean(self._bins(outputs)) * self._strides(anchors)
         centers = box_centers(anchors)
         return torch.cat([centers - distances[:, :2], centers + distances[:, 2:]], dim=1)

@@ -1,129 +1,32 @@
-"""What ATSS and GFL share: one square anchor per position, ATSS assignment, selection and NMS."""
+"""What ATSS and GFL share: the assignment of ATSS, and what their losses are divided by."""
 
 import abc
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.layers import batched_nms
-from detectron2.modeling import Backbone, build_backbone
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
-from torch import Tensor, nn
+from torch import Tensor
 
-from kd_det.distillers.predictions import DensePredictions, HeadOutputs, register_decoder
-from kd_det.functional.precision import at_least_float32
 from kd_det.functional.reduce import mean_number_over_processes
-from kd_det.modeling.backbones.fpn import pick_features
 from kd_det.modeling.dense.atss_assigner import Positives, find_positives
-from kd_det.modeling.dense.decoding import decode_levels
-from kd_det.modeling.dense.head import DenseHead
 from kd_det.modeling.dense.single_anchor_options import SingleAnchorOptions
-from kd_det.modeling.options import add_keys, defaults_of, read_options
+from kd_det.modeling.dense.single_prediction import SinglePredictionDetector
 
 # The loss normaliser of Detectron2's detectors starts here and follows the number of positives.
 _INITIAL_POSITIVES = 100
 
 
-class SingleAnchorDetector(DenseDetector, abc.ABC):
+class SingleAnchorDetector(SinglePredictionDetector):
     """
     A dense detector with one square anchor per position and the assignment of ATSS.
 
-    Subclasses name their options, and say how a box is decoded and what the losses are.
-
-    Args:
-        backbone: a Detectron2 backbone.
-        head: `DenseHead`, or another that maps levels to lists of class logits, box outputs
-            (`options.box_outputs()` each) and, for `with_quality`, qualities.
-        options: as the keys of the detector's node, which say what each is.
-        pixel_mean, pixel_std: per channel, in the order of the input's channels.
-        anchor_offset: centre of the first anchor in units of the stride, in [0, 1).
-        max_detections: detections kept per image.
+    Its arguments are those of `SinglePredictionDetector`.
     """
 
-    options_type: ClassVar[type[SingleAnchorOptions]]
-    with_quality: ClassVar[bool]
+    options: SingleAnchorOptions
     # See `kd_det.modeling.msad.heads`.
     assigns_from_anchors: ClassVar[bool] = True
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        backbone: Backbone,
-        head: nn.Module,
-        options: SingleAnchorOptions,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
-        anchor_offset: float = 0.0,
-        max_detections: int = 100,
-    ) -> None:
-        super().__init__(
-            backbone, head, options.in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
-        )
-        self.options = options
-        self.num_classes = options.num_classes
-        self.max_detections = max_detections
-        shapes = backbone.output_shape()
-        strides = [shapes[name].stride for name in options.in_features]
-        self.anchor_generator = DefaultAnchorGenerator(
-            sizes=[[options.anchor_scale * stride] for stride in strides],
-            aspect_ratios=[1.0],
-            strides=strides,
-            offset=anchor_offset,
-        )
-
-    @classmethod
-    def add_config(cls, cfg: CfgNode) -> None:
-        """Add the node of the detector's options to MODEL."""
-        add_keys(cfg.MODEL, cls.options_type.node, defaults_of(cls.options_type))
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """
-        Read the arguments of `__init__` from a config; build the backbone and the head.
-
-        Raises:
-            ValueError: an option out of its range, or a level of IN_FEATURES that the backbone
-                lacks.
-        """
-        node = cls.options_type.node
-        options = read_options(cls.options_type, cfg.MODEL[node])
-        backbone = build_backbone(cfg)
-        head = DenseHead(
-            input_shape=pick_features(backbone, options.in_features, f"MODEL.{node}.IN_FEATURES"),
-            num_classes=options.num_classes,
-            num_convs=options.num_convs,
-            norm=options.norm,
-            prior_prob=options.prior_prob,
-            box_outputs=options.box_outputs(),
-            with_quality=cls.with_quality,
-        )
-        return {
-            "backbone": backbone,
-            "head": head,
-            "options": options,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "anchor_offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
-            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-        }
-
-    @abc.abstractmethod
-    def decode_boxes(self, outputs: Tensor, anchors: Tensor) -> Tensor:
-        """
-        Turn the head's box outputs into boxes.
-
-        Args:
-            outputs: (P, D), float32.
-            anchors: (P, 4) corners in pixels.
-
-        Returns:
-            (P, 4) corners in pixels, not clipped to the image.
-        """
 
     @abc.abstractmethod
     def losses(
@@ -141,35 +44,16 @@ class SingleAnchorDetector(DenseDetector, abc.ABC):
             Scalars by name, attached to every output of the head even without positives.
         """
 
-    def scores(self, probabilities: Tensor, quality: Tensor | None) -> Tensor:
-        """
-        Rank the detections of one level of an image.
-
-        Args:
-            probabilities: (R, K) class probabilities.
-            quality: (R, 1) logits of the quality branch, None where the head has none.
-
-        Returns:
-            (R, K) scores in [0, 1].
-        """
-        return probabilities
-
-    def forward_training(
-        self,
-        images: ImageList,
-        features: list[Tensor],
-        predictions: tuple[list[Tensor], ...],
-        gt_instances: list[Instances],
+    def losses_of_batch(
+        self, outputs: list[Tensor], anchors: list[Tensor], gt_instances: list[Instances]
     ) -> dict[str, Tensor]:
-        """Return the losses of one batch; see `DenseDetector.forward`."""
-        with torch.autocast(self.device.type, enabled=False):
-            flat = [torch.cat(levels, dim=1).flatten(0, 1) for levels in _flatten(predictions)]
-            positives = self.label_anchors(self.anchor_generator(features), gt_instances)
-            count = len(positives.index)
-            get_event_storage().put_scalar("num_pos_anchors", count / len(gt_instances))
-            mean = mean_number_over_processes(count, self.device)
-            normalizer = self._ema_update("loss_normalizer", max(mean, 1), _INITIAL_POSITIVES)
-            return self.losses(flat, positives, normalizer)
+        """See `SinglePredictionDetector.losses_of_batch`."""
+        positives = self.label_anchors([Boxes(level) for level in anchors], gt_instances)
+        count = len(positives.index)
+        get_event_storage().put_scalar("num_pos_anchors", count / len(gt_instances))
+        mean = mean_number_over_processes(count, self.device)
+        normalizer = self._ema_update("loss_normalizer", max(mean, 1), _INITIAL_POSITIVES)
+        return self.losses([x.flatten(0, 1) for x in outputs], positives, normalizer)
 
     def label_anchors(self, anchors: list[Boxes], gt_instances: list[Instances]) -> Positives:
         """
@@ -194,50 +78,3 @@ class SingleAnchorDetector(DenseDetector, abc.ABC):
         targets = torch.zeros_like(logits)
         targets[positives.index, positives.classes] = values
         return targets
-
-    def forward_inference(
-        self,
-        images: ImageList,
-        features: list[Tensor],
-        predictions: tuple[list[Tensor], ...],
-    ) -> list[Instances]:
-        """Return the detections of each image, in its own pixels; see `DenseDetector.forward`."""
-        levels = _flatten(predictions)
-        anchors = [boxes.tensor for boxes in self.anchor_generator(features)]
-        results = []
-        for i, image_size in enumerate(images.image_sizes):
-            found = [
-                self._detect(anchors[level], [output[level][i] for output in levels])
-                for level in range(len(anchors))
-            ]
-            boxes, scores, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
-            keep = batched_nms(boxes, scores, classes, self.options.nms_thresh_test)
-            keep = keep[: self.max_detections]
-            detections = Instances(image_size)
-            detections.pred_boxes = Boxes(boxes[keep])
-            detections.scores, detections.pred_classes = scores[keep], classes[keep]
-            results.append(detections)
-        return results
-
-    def _detect(self, anchors: Tensor, outputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the best candidates of one level of an image: boxes, scores and classes."""
-        probabilities = outputs[0].sigmoid()
-        scores = self.scores(probabilities, outputs[2] if len(outputs) > 2 else None)
-        position, classes = (probabilities > self.options.score_thresh_test).nonzero().T
-        found = scores[position, classes]
-        scores, best = found.topk(min(self.options.topk_candidates_test, len(found)))
-        position, classes = position[best], classes[best]
-        return self.decode_boxes(outputs[1][position], anchors[position]), scores, classes
-
-
-@register_decoder(SingleAnchorDetector)
-def _decode(model: SingleAnchorDetector, head_outputs: HeadOutputs) -> DensePredictions:
-    return decode_levels(model, head_outputs, model.decode_boxes)
-
-
-def _flatten(predictions: Sequence[list[Tensor]]) -> list[list[Tensor]]:
-    """Turn (N, D, H, W) of every output and level into (N, H * W, D), at least float32."""
-    return [
-        [permute_to_N_HWA_K(at_least_float32(x), x.shape[1]) for x in levels]
-        for levels in predictions
-    ]

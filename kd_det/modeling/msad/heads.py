@@ -170,14 +170,17 @@ def assigns_from_anchors(detector: type[nn.Module]) -> bool:
     """
     Tell whether a dense detector declares that it assigns by its anchors alone.
 
-    A declaration is void for a subclass with a `label_anchors` or `forward_training` of its own.
+    A declaration is void for a subclass with a `label_anchors`, `losses_of_batch` (of kd_det's own
+    detectors) or `forward_training` of its own.
     """
     for cls in detector.__mro__:
         known = cls in _ASSIGN_FROM_ANCHORS
         if not known and "assigns_from_anchors" not in vars(cls):
             continue
-        methods = ("label_anchors", "forward_training")
-        unchanged = all(getattr(detector, name) is getattr(cls, name) for name in methods)
+        methods = ("label_anchors", "losses_of_batch", "forward_training")
+        unchanged = all(
+            getattr(detector, name, None) is getattr(cls, name, None) for name in methods
+        )
         return unchanged and (known or bool(vars(cls)["assigns_from_anchors"]))
     return False
 

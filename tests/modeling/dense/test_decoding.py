@@ -10,7 +10,7 @@ from tiny_dense import CLASSES, build_tiny
 from torch import Tensor, nn
 
 from kd_det.distillers.predictions import decoder_of
-from kd_det.modeling.dense.single_anchor import SingleAnchorDetector
+from kd_det.modeling.dense.single_prediction import SinglePredictionDetector
 
 SIZES = [(8, 12), (4, 6), (2, 3)]
 ATSS_IOU = ("MODEL.ATSS.QUALITY_BRANCH", "iou")
@@ -39,7 +39,7 @@ def build_lively(name: str, opts: tuple[Any, ...]) -> tuple[nn.Module, list[Tens
 
 
 def keep_everything(model: nn.Module) -> None:
-    if isinstance(model, SingleAnchorDetector):
+    if isinstance(model, SinglePredictionDetector):
         everything = {"score_thresh_test": 0.0, "topk_candidates_test": 10**6}
         model.options = replace(model.options, nms_thresh_test=1.1, **everything)
         model.max_detections = 50

@@ -30,6 +30,11 @@ class ByPrediction(ATSS):
         return super().forward_training(*args)
 
 
+class ByLoss(GFL):
+    def losses_of_batch(self, *args: Any) -> Any:
+        return super().losses_of_batch(*args)
+
+
 class OtherMatching(RetinaNet):
     def label_anchors(self, anchors: Any, gt_instances: Any) -> Any:
         return super().label_anchors(anchors, gt_instances)
@@ -47,7 +52,7 @@ class Withdrawn(FCOS):
     ("detector", "expected"),
     [
         *[(cls, True) for cls in (RetinaNet, StockFCOS, FCOS, ATSS, GFL, OtherHead, Declared)],
-        *[(cls, False) for cls in (DenseDetector, ByPrediction, OtherMatching, Withdrawn)],
+        *[(cls, False) for cls in (DenseDetector, ByPrediction, ByLoss, OtherMatching, Withdrawn)],
     ],
 )
 def test_a_declaration_holds_for_the_methods_it_was_made_for(
