@@ -33,7 +33,7 @@ META = {
     "keypoint_rcnn": "GeneralizedRCNN",
 }
 # Detectors of kd_det's own, beside those that most tests go through.
-MORE_META = {"atss": "ATSS", "gfl": "GFL", "ddod": "DDOD"}
+MORE_META = {"atss": "ATSS", "gfl": "GFL", "ddod": "DDOD", "reppoints": "RepPoints"}
 _KEYPOINTS = ["top", "left", "right"]
 
 # Nets of 8 to 64 channels on images of 64 to 96 pixels, from random weights.
@@ -50,9 +50,9 @@ _SHRINK: dict[str, Any] = {
     "MODEL.FCOS.NUM_CLASSES": 2,
     "MODEL.FCOS.NUM_CONVS": 1,
     "MODEL.FCOS.NORM": "",
-    **{f"MODEL.{name}.NUM_CLASSES": 2 for name in MORE_META.values()},
-    **{f"MODEL.{name}.NUM_CONVS": 2 for name in MORE_META.values()},
-    **{f"MODEL.{name}.NORM": "" for name in MORE_META.values()},
+    **{f"MODEL.{name.upper()}.NUM_CLASSES": 2 for name in MORE_META.values()},
+    **{f"MODEL.{name.upper()}.NUM_CONVS": 2 for name in MORE_META.values()},
+    **{f"MODEL.{name.upper()}.NORM": "" for name in MORE_META.values()},
     "MODEL.RETINANET.NUM_CLASSES": 2,
     "MODEL.RETINANET.NUM_CONVS": 1,
     "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 50,

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from kd_det.distillers import PGD
 
 Result = dict[str, Tensor]
-DETECTORS = ("atss", "gfl", "ddod")
+DETECTORS = ("atss", "gfl", "ddod", "reppoints")
 
 
 def pgd(images: list[int]) -> Result:
