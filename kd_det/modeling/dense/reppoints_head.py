@@ -1,6 +1,7 @@
 """The head of RepPoints (ICCV 2019): points of each position, found in two steps."""
 
 import math
+from typing import ClassVar
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -34,6 +35,9 @@ class RepPointsHead(RetinaNetHead):
         gradient_mul: factor of the gradient that reaches the first points by what is read there.
         with_spread: whether there is a `spread`.
     """
+
+    # The maps are read at the points, so no tower can be replaced by another model's.
+    predicts_from_towers: ClassVar[bool] = False
 
     def __init__(
         self,
