@@ -33,7 +33,14 @@ META = {
     "keypoint_rcnn": "GeneralizedRCNN",
 }
 # Detectors of kd_det's own, beside those that most tests go through.
-MORE_META = {"atss": "ATSS", "gfl": "GFL", "autoassign": "AutoAssign", "fsaf": "FSAF"}
+MORE_META = {
+    "atss": "ATSS",
+    "gfl": "GFL",
+    "autoassign": "AutoAssign",
+    "ddod": "DDOD",
+    "fsaf": "FSAF",
+    "reppoints": "RepPoints",
+}
 _KEYPOINTS = ["top", "left", "right"]
 
 # Nets of 8 to 64 channels on images of 64 to 96 pixels, from random weights.

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from kd_det.distillers import PGD
 
 Result = dict[str, Tensor]
-DETECTORS = ("atss", "gfl", "autoassign", "fsaf")
+DETECTORS = ("atss", "gfl", "autoassign", "ddod", "fsaf", "reppoints")
 
 
 def pgd(images: list[int]) -> Result:
@@ -51,7 +51,7 @@ def _pick(scene: Scene, images: list[int]) -> Scene:
 
 
 def dense(name: str, images: list[int]) -> Result:
-    """Losses of a detector and the gradients of its parameters."""
+    """Losses of a detector, the gradients of its parameters, and what it counts."""
     batch = [make_image([[4, 4, 40, 36], [50, 20, 90, 60]], [0, 2]), no_objects()]
     model: Any = build_tiny(name)
     model.head.cls_score.bias.data.zero_()  # GFL's divisor, a sum of scores, is at least 1
@@ -60,7 +60,8 @@ def dense(name: str, images: list[int]) -> Result:
         losses = model([batch[i] for i in images])
     sum(losses.values()).backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-    return {**{key: value.detach() for key, value in losses.items()}, **gradients}
+    counts = {key: model.get_buffer(key) for key in getattr(model, "running_buffers", ())}
+    return {**{key: value.detach() for key, value in losses.items()}, **gradients, **counts}
 
 
 def all_results(images: list[int]) -> dict[str, Result]:

@@ -3,11 +3,12 @@
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kd_det.distillation.detector import DistillationDetector
 
 _NORMALIZER = "loss_normalizer"
+_BUFFERS = "running_buffers"
 
 
 def student_of(model: nn.Module) -> nn.Module:
@@ -27,7 +28,7 @@ class KDState:
         self._model = model
 
     def state_dict(self) -> dict[str, Any]:
-        """Return adapters, distillers' tensors, the teacher's identity, the loss normalisers."""
+        """Return adapters, distillers' tensors, the teacher's identity, what detectors count."""
         out: dict[str, Any] = {
             # A plain attribute of Detectron2's dense detectors, absent from their state dict. The
             # keypoint head has a word under the same name.
@@ -37,6 +38,9 @@ class KDState:
                 if isinstance(getattr(module, _NORMALIZER, None), (int, float))
             }
         }
+        buffers = _running_buffers(self._model)
+        if buffers:
+            out[_BUFFERS] = buffers
         if isinstance(self._model, DistillationDetector):
             out["adapters"] = _tensors(_adapters(self._model))
             out["distillers"] = _tensors(_distillers(self._model))
@@ -61,6 +65,9 @@ class KDState:
         modules = dict(student_of(self._model).named_modules())
         for name, value in state[_NORMALIZER].items():
             setattr(modules[name], _NORMALIZER, value)
+        for name, buffer in _running_buffers(self._model).items():
+            if name in state.get(_BUFFERS, {}):
+                buffer.copy_(state[_BUFFERS][name])
         if not isinstance(self._model, DistillationDetector):
             return
         _load(_adapters(self._model), state["adapters"])
@@ -89,6 +96,20 @@ class KDState:
                 f"this config names {own['weights']} ({own['sha256'][:12]}). Resume with the same "
                 f"teacher, {advice}"
             )
+
+
+def _running_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """
+    Return what a student's modules count while they train, beside what ships.
+
+    A module names such buffers in its attribute `running_buffers`; they are not persistent, so that
+    the state dict is that of the model which ships.
+    """
+    return {
+        f"{name}.{key}".strip("."): module.get_buffer(key)
+        for name, module in student_of(model).named_modules()
+        for key in getattr(module, _BUFFERS, ())
+    }
 
 
 def _adapters(model: DistillationDetector) -> dict[str, nn.Module]:

@@ -16,6 +16,7 @@ from torch import nn
 from kd_det.distillation.active import ActiveDistiller, Decode, ResolvedCapture, WeightSchedule
 from kd_det.distillation.auto_weight import AutoWeight
 from kd_det.distillation.capture import CapturePath, FeatureCapture
+from kd_det.distillation.guiding import check_guides
 from kd_det.distillation.pairing import LevelPair, build_adapters, pair_levels
 from kd_det.distillation.positions import pair_predictions
 from kd_det.distillation.probe import Probe, probe
@@ -67,7 +68,8 @@ def activate(
         ValueError: a path names no module, a capture is no pyramid, nothing pairs, or a distiller
             cannot serve these models.
         RuntimeError: a module that is to be captured does not run.
-        TypeError: a distiller wants predictions, and nothing decodes this teacher's.
+        TypeError: a distiller wants predictions, and nothing decodes this teacher's; or it wants
+            the student to assign by them, and the student cannot.
     """
     wanted = {
         name: [_resolve(spec, student, view, teacher) for spec in distiller.captures()]
@@ -106,6 +108,7 @@ def activate(
             captures=captures,
             adapters=adapters,
         )
+    check_guides(student, active, other, view.factor)
     headers = ["distiller", "student level", "teacher level", "adapter", "resampled"]
     _logger.info("Paired pyramid levels:\n%s", tabulate(rows, headers=headers))
     watch = Watch(

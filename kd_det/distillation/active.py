@@ -136,6 +136,23 @@ class ActiveDistiller(nn.Module):
             features += [own[pair.student][1] for pair in item.pairs]
         return step
 
+    def guide(self, teacher: Captures, *, changed: bool = False) -> DensePredictions | None:
+        """
+        Return the teacher's predictions by which the student assigns its ground truth.
+
+        Args:
+            teacher: what was captured of its pass.
+            changed: see `Captures.get`.
+
+        Returns:
+            They, in the loaded image's pixels; None where the distiller leaves that to the student.
+        """
+        for item in self.captures:
+            if item.decode_teacher is not None and item.spec.name == self.distiller.guide:
+                assert item.teacher is not None
+                return item.decode_teacher(teacher.get(item.teacher, changed=changed)[0])
+        return None
+
     def is_awake(self, iteration: int) -> bool:
         """Return whether it distils at this iteration; to be asked once per iteration."""
         course = self.schedule(iteration)

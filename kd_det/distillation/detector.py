@@ -23,6 +23,7 @@ from kd_det.distillation.active import ActiveDistiller, LossDict, WeightSchedule
 from kd_det.distillation.auto_weight import AutoWeight, auto_weights
 from kd_det.distillation.batch import Frame, targets_of
 from kd_det.distillation.gradient_share import ShareWatch
+from kd_det.distillation.guiding import guided
 from kd_det.distillation.inherit import inherit
 from kd_det.distillation.schedule import Schedule
 from kd_det.distillation.teacher import Teacher, build_teacher
@@ -215,17 +216,19 @@ class DistillationDetector(nn.Module):
                 "No distiller is active (KD.DISTILLERS), so there is no step to see."
             )
         batched_inputs = self._on_device(batched_inputs)
-        with self.watch.student.record() as student:
-            outputs = self.student(self.view(batched_inputs))
+        chosen = {k: a for k, a in self.active.items() if names is None or k in names}
         teacher = self.teacher(batched_inputs, self.watch.teacher, self.watch.stop_after)
+        with (
+            guided(self.student, chosen.values(), teacher, self.view.factor),
+            self.watch.student.record() as student,
+        ):
+            outputs = self.student(self.view(batched_inputs))
         targets = targets_of(
             batched_inputs, boxes=any(a.distiller.needs_boxes for a in self.active.values())
         )
         frame = Frame.of(targets.image_sizes, self.device, self.student)
         steps = {
-            name: active.step(student, teacher, targets, frame)
-            for name, active in self.active.items()
-            if names is None or name in names
+            name: active.step(student, teacher, targets, frame) for name, active in chosen.items()
         }
         return Observation(outputs, steps)
 

@@ -184,6 +184,8 @@ class Distiller(nn.Module):
         needs_boxes: whether `Step.targets` must hold the ground truth's boxes and classes.
         adapter: when paired student maps pass a convolution to the teacher's channels.
         adapter_kernel, adapter_bias: of that convolution.
+        guide: name of the capture of the teacher's predictions by which the student's own ground
+            truth is assigned while the distiller has a weight; None leaves that to the student.
     """
 
     config_key: ClassVar[str]
@@ -192,6 +194,7 @@ class Distiller(nn.Module):
     adapter: AdapterMode = "never"
     adapter_kernel: int = 1
     adapter_bias: bool = False
+    guide: str | None = None
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:

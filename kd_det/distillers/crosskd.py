@@ -136,7 +136,7 @@ class CrossKD(Distiller):
         levels: Mapping[str, Sequence[LevelShape]],
         modules: Mapping[str, TeacherModule],
     ) -> None:
-        """Check that the teacher's head has towers, and reads every level that is compared."""
+        """Check that the teacher predicts from towers, and reads every level that is compared."""
         model = modules["teacher"].module
         head = model.get_submodule(self.head)
         missing = [
@@ -150,6 +150,13 @@ class CrossKD(Distiller):
                 f"KD.CROSSKD: the teacher's {self.head} ({type(head).__name__}) has no "
                 f"{', '.join(missing) or 'anchors'}; take a teacher with the head of RetinaNet, "
                 "FCOS, ATSS or GFL."
+            )
+        # A head says so where more than a tower and a convolution makes its predictions.
+        if not getattr(head, "predicts_from_towers", True):
+            raise ValueError(
+                f"KD.CROSSKD: the predictions of the teacher's {self.head} ({type(head).__name__}) "
+                "do not follow from what its towers give at each position; take a teacher with the "
+                "head of RetinaNet, FCOS, ATSS, GFL or DDOD."
             )
         factor = modules["teacher"].view_factor
         generator: Any = model.anchor_generator

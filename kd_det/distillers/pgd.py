@@ -119,6 +119,9 @@ class PGD(Distiller):
         # Masks of each "image", or summed over the "batch" (the release, whose results may rest on
         # it).
         node.MASK_SCOPE = "image"
+        # The student's ground truth is assigned by the teacher's predictions (the release, for
+        # DDOD); of students whose assignment reads predictions.
+        node.ASSIGN_FROM_TEACHER = False
 
     def __init__(
         self,
@@ -141,6 +144,7 @@ class PGD(Distiller):
         mask_padding: bool = True,
         mask_ignored: bool = False,
         mask_scope: MaskScope = "image",
+        assign_from_teacher: bool = False,
     ) -> None:
         """
         Args: as the keys of KD.PGD, which say what each is and where its value is from.
@@ -177,6 +181,7 @@ class PGD(Distiller):
         self.mask_padding = mask_padding
         self.mask_ignored = mask_ignored
         self.mask_scope = mask_scope
+        self.guide = "predictions" if assign_from_teacher else None
 
     def captures(self) -> Sequence[CaptureSpec]:
         """Return the towers of both models and the teacher's predictions."""

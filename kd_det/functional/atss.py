@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kd_det.functional.boxes import aligned_iou, box_centers, strictly_inside
+from kd_det.functional.boxes import INSIDE_MARGIN, aligned_iou, box_centers, strictly_inside
 
 # Candidates of equal IoU (a box that contains them all) must not fall below their mean by rounding.
 _ROUNDING = 1e-6
@@ -25,8 +25,8 @@ class Candidates(NamedTuple):
 
     Args:
         anchor: (C, M) int64 into the anchors of all levels.
-        iou: (C, M) in [0, 1].
-        threshold: (M,), mean plus standard deviation of the candidates' IoU.
+        iou: (C, M) in [0, 1], or the quality that stands in its place.
+        threshold: (M,), mean plus standard deviation of it.
     """
 
     anchor: Tensor
@@ -35,7 +35,13 @@ class Candidates(NamedTuple):
 
 
 @torch.no_grad()
-def find_candidates(anchors: Sequence[Tensor], gt_boxes: Tensor, topk: int = 9) -> Candidates:
+def find_candidates(
+    anchors: Sequence[Tensor],
+    gt_boxes: Tensor,
+    topk: int = 9,
+    *,
+    quality: Tensor | None = None,
+) -> Candidates:
     """
     Find the candidates of the boxes of one image.
 
@@ -43,12 +49,16 @@ def find_candidates(anchors: Sequence[Tensor], gt_boxes: Tensor, topk: int = 9) 
         anchors: per level, (R_l, 4) corners in pixels.
         gt_boxes: (M, 4) corners in pixels, M >= 1.
         topk: candidates per box and level; levels with fewer anchors give all they have.
+        quality: (R, M) in [0, 1], what each anchor is to each box in place of their IoU.
 
     Returns:
         The candidates.
     """
     index = _nearest_per_level(anchors, gt_boxes, topk)
-    iou = aligned_iou(torch.cat(list(anchors))[index], gt_boxes)
+    if quality is None:
+        iou = aligned_iou(torch.cat(list(anchors))[index], gt_boxes)
+    else:
+        iou = quality.gather(0, index)
     # The sample standard deviation (divisor n - 1), as the authors' results were made with; one
     # candidate alone has none.
     spread = iou.std(dim=0, correction=min(1, len(iou) - 1))
@@ -75,7 +85,9 @@ def atss_assign(anchors: Sequence[Tensor], gt_boxes: Tensor, topk: int = 9) -> T
 
 
 @torch.no_grad()
-def match_candidates(anchors: Tensor, gt_boxes: Tensor, candidates: Candidates) -> Tensor:
+def match_candidates(
+    anchors: Tensor, gt_boxes: Tensor, candidates: Candidates, margin: float = INSIDE_MARGIN
+) -> Tensor:
     """
     Choose the positives among the candidates.
 
@@ -83,12 +95,13 @@ def match_candidates(anchors: Tensor, gt_boxes: Tensor, candidates: Candidates) 
         anchors: of all levels, (R, 4).
         gt_boxes: (M, 4), M >= 1.
         candidates: of these boxes.
+        margin: pixels from each side of the box within which a centre is not inside.
 
     Returns:
         (R,) int64: index of each anchor's box, -1 for background.
     """
     positive = candidates.iou + _ROUNDING >= candidates.threshold
-    positive &= strictly_inside(box_centers(anchors[candidates.anchor]), gt_boxes)
+    positive &= strictly_inside(box_centers(anchors[candidates.anchor]), gt_boxes, margin)
     # A column holds no anchor twice, so the scatter has one value per place.
     overlap = candidates.iou.new_full((len(anchors), len(gt_boxes)), -1.0)
     overlap.scatter_(0, candidates.anchor, candidates.iou.where(positive, -1.0))

@@ -16,32 +16,34 @@ def box_centers(boxes: Tensor) -> Tensor:
     return (boxes[..., :2] + boxes[..., 2:]) / 2
 
 
-def strictly_between(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def strictly_between(x: Tensor, low: Tensor, high: Tensor, margin: float = INSIDE_MARGIN) -> Tensor:
     """
     Tell which coordinates lie between two sides of a box, not on them.
 
     Args:
         x: coordinates in pixels.
         low, high: the sides, broadcast against x.
+        margin: what is closer to a side than this, in pixels, lies on it.
 
     Returns:
         bool, of the common shape; False where a side is NaN or the sides are inverted.
     """
-    return (x - low > INSIDE_MARGIN) & (high - x > INSIDE_MARGIN)
+    return (x - low > margin) & (high - x > margin)
 
 
-def strictly_inside(points: Tensor, boxes: Tensor) -> Tensor:
+def strictly_inside(points: Tensor, boxes: Tensor, margin: float = INSIDE_MARGIN) -> Tensor:
     """
     Tell which points lie inside their box, not on its border.
 
     Args:
         points: (..., 2) x and y in pixels.
         boxes: (..., 4), broadcast against `points`.
+        margin: what is closer to a side than this, in pixels, lies on it.
 
     Returns:
         (...) bool.
     """
-    return strictly_between(points, boxes[..., :2], boxes[..., 2:]).all(-1)
+    return strictly_between(points, boxes[..., :2], boxes[..., 2:], margin).all(-1)
 
 
 def centerness(points: Tensor, boxes: Tensor) -> Tensor:

@@ -4,7 +4,16 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from kd_det.modeling.backbones import fpn, timm_backbone
-from kd_det.modeling.dense import atss, autoassign, decoding, fcos, fsaf, gfl  # noqa: F401
+from kd_det.modeling.dense import (  # noqa: F401
+    atss,
+    autoassign,
+    ddod,
+    decoding,
+    fcos,
+    fsaf,
+    gfl,
+    reppoints,
+)
 from kd_det.modeling.msad import aligned  # noqa: F401
 
 

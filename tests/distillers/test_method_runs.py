@@ -42,6 +42,7 @@ RUNS: list[tuple[str, str, str, dict[str, Any], list[str]]] = [
     ("CROSSKD", "gfl", "gfl", {"REUSE_FROM": 1}, ["_cls", "_reg"]),
     ("CROSSKD", "fcos", "retinanet", {"REUSE_FROM": 1}, ["_cls", "_reg"]),
     ("CROSSKD", "faster_rcnn", "atss", {"REUSE_FROM": 0}, ["_cls", "_reg"]),
+    ("CROSSKD", "reppoints", "ddod", {"REUSE_FROM": 1, "BOX": "giou"}, ["_cls", "_reg"]),
     ("MGD", "faster_rcnn", "fcos", {}, [""]),
     ("FGD", "fcos", "faster_rcnn", {}, ["_fg", "_bg", "_attention", "_global"]),
     ("LD", "gfl", "gfl", {}, ["_main", "_vlr", "_kd"]),
@@ -163,6 +164,8 @@ class TestRefusals:
         narrow = keys_of("CROSSKD", {"REUSE_FROM": 1, "ADAPTER": "never"})
         cfg = tiny_student("fcos", tiny_teacher("fcos"), narrow)
         refuse(cfg, ValueError, r"have 32 and 48 channels and adapters are off; set .*ADAPTER")
+        cfg = tiny_student("gfl", tiny_teacher("reppoints"), keys_of("CROSSKD", {"REUSE_FROM": 1}))
+        refuse(cfg, ValueError, r"\(RepPointsHead\) do not follow from what its towers give")
 
     def test_predictions_of_other_anchors(
         self, tiny_student: Student, tiny_teacher: MakeTeacher

@@ -59,7 +59,7 @@ def check(name: str, one: Results, two: list[Results]) -> None:
     assert len(one[name]) > 5
     for key, expected in one[name].items():
         found: Any = sum(part[name][key] for part in two if key in part[name]) / 2
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +71,12 @@ def test_two_processes_equal_one_with_the_double_batch(
 
 @pytest.mark.parametrize(
     ("name", "loss"),
-    [("pgd", "reg"), ("atss", "loss_atss_loc"), ("autoassign", "loss_autoassign_pos")],
+    [
+        ("pgd", "reg"),
+        ("atss", "loss_atss_loc"),
+        ("autoassign", "loss_autoassign_pos"),
+        ("ddod", "loss_ddod_loc"),
+    ],
 )
 def test_each_on_its_own_would_differ(one: Results, name: str, loss: str) -> None:
     """By a twentieth and more: the objects are unevenly spread."""

@@ -18,9 +18,9 @@ ATSS_IOU = ("MODEL.ATSS.QUALITY_BRANCH", "iou")
 RETINANET = ("MODEL.ANCHOR_GENERATOR.SIZES", [[32.0], [64.0], [128.0]])
 RETINANET += ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, 2.0]])
 DETECTORS = [("fcos", ()), ("retinanet", RETINANET), ("atss", ()), ("atss", ATSS_IOU), ("gfl", ())]
-DETECTORS += [("autoassign", ()), ("fsaf", ())]
+DETECTORS += [("autoassign", ()), ("ddod", ()), ("fsaf", ()), ("reppoints", ())]
 # A score is the root of class times quality; here the product itself.
-WITHOUT_ROOT = ("autoassign",)
+WITHOUT_ROOT = ("autoassign", "ddod")
 every_detector = pytest.mark.parametrize(("name", "opts"), DETECTORS)
 
 
@@ -62,7 +62,7 @@ def test_boxes_are_those_the_detector_decodes(name: str, opts: tuple[Any, ...]) 
     with torch.no_grad():
         results = model.forward_inference(images, features, copies)
     probabilities = torch.cat(decoded.logits, dim=1).sigmoid()
-    if len(outputs) == 3:
+    if len(outputs) == 3 and name != "reppoints":
         quality = torch.cat([x.flatten(1) for x in outputs[2]], dim=1).sigmoid()
         probabilities = probabilities * quality[..., None]
         probabilities = probabilities if name in WITHOUT_ROOT else probabilities.sqrt()
