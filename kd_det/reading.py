@@ -64,7 +64,7 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
     """
     name = os.fspath(path)
     _refuse_archives(name)
-    _check_sums(name)
+    check_sums(name)
     try:
         with safe_numpy_load():
             return torch.load(name, map_location="cpu", weights_only=True)
@@ -75,8 +75,33 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-def _check_sums(name: str) -> None:
-    """Compare the parts of a zip archive with their checksums, which torch does not look at."""
+def what_damages(path: str | os.PathLike[str]) -> str:
+    """
+    Return why a file of `torch.save` cannot be read, in one line; "" where it can.
+
+    Raises:
+        RefusedFileError: it is whole, and holds what is refused: somebody's file, no damage.
+        OSError: the file is absent, or the disk does not give it out.
+    """
+    try:
+        load_tensors(path)
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch raises for a damaged file
+        if isinstance(error, RefusedFileError) and zipfile.is_zipfile(path):
+            raise
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return ""
+
+
+def check_sums(path: str | os.PathLike[str]) -> None:
+    """
+    Compare the parts of a zip archive with their checksums, which torch does not look at.
+
+    Raises:
+        ValueError: a part does not fit. Files that are no zip archives have no checksums.
+    """
+    name = os.fspath(path)
     if not zipfile.is_zipfile(name):
         return
     with zipfile.ZipFile(name) as archive:
