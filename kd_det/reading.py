@@ -22,6 +22,7 @@ _CONVERT = (
     "If you know where the file is from, convert it to tensors in a place that holds nothing else: "
     'docs/reliability.md, "Convert a refused file", has the command'
 )
+_OTHER_COPY = "Take another copy of it, or the checkpoint before it."
 _ENCODINGS = ("latin1", "latin-1")
 _ZIP = b"PK\x03\x04"
 
@@ -104,16 +105,17 @@ def check_sums(path: str | os.PathLike[str]) -> None:
     name = os.fspath(path)
     if not zipfile.is_zipfile(name):
         return
-    with zipfile.ZipFile(name) as archive:
-        try:
-            damaged = archive.testzip()
-        except zipfile.BadZipFile as error:
-            damaged = str(error)
-    if damaged is not None:
-        raise ValueError(
-            f"{name} is damaged: {damaged} does not fit its checksum. Take another copy of it, or "
-            "the checkpoint before it."
-        )
+    try:
+        with zipfile.ZipFile(name) as archive:
+            part = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # whatever damaged headers raise: of encryption, of unknown methods
+        problem = f"its archive cannot be read ({type(error).__name__}: {error})"
+        raise ValueError(f"{name} is damaged: {problem}. {_OTHER_COPY}") from error
+    if part is not None:
+        problem = f"{part} does not fit its checksum"
+        raise ValueError(f"{name} is damaged: {problem}. {_OTHER_COPY}")
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
