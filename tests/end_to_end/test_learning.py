@@ -19,12 +19,22 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "total_loss" in row]
 
 
-@pytest.mark.parametrize("config", ["student.yaml", "atss.yaml", "gfl.yaml"])
-def test_a_detector_learns(config: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "falling"),
+    [
+        ("student.yaml", ["total_loss"]),
+        ("atss.yaml", ["total_loss"]),
+        # Its class score is trained towards the IoU of its own boxes, about zero at first: while
+        # they improve, this part of the loss rises (from 0.26 to 0.39), and the sum hardly falls.
+        ("gfl.yaml", ["loss_gfl_loc", "loss_gfl_dfl"]),
+    ],
+)
+def test_a_detector_learns(config: str, falling: list[str], tmp_path: Path) -> None:
     own = ["DATASETS.TEST", "('shapes_val',)", "OUTPUT_DIR", str(tmp_path)]
     metrics = main(["--config-file", str(CONFIGS / config), *SHORT, *own])
     rows = losses(tmp_path)
-    assert rows[-1]["total_loss"] < 0.8 * rows[0]["total_loss"]
+    for name in falling:
+        assert rows[-1][name] < 0.8 * rows[0][name]
     assert metrics["bbox"]["AP50"] > 1  # of random weights: 0.0
 
 
