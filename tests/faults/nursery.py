@@ -16,51 +16,112 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Comparisons start their trainings as commands: this one has them forked by the same server, hands
+# over its own three streams, and stands for the training until it ends.
+_STAND_IN = """
+import json, os, signal, socket, sys
+
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect(sys.argv[1])
+    job = {"argv": sys.argv[2:], "env": dict(os.environ)}
+    socket.send_fds(server, [json.dumps(job).encode()], [0, 1, 2])
+    pid = int(server.recv(32))
+    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(pid, number))
+    sys.exit(int(server.recv(32) or 1))
+"""
 _SERVER = """
-import json, os, sys
+import json, os, selectors, socket, sys
 import kd_det
 from kd_det.engine.console import plain_errors
+from kd_det.engine.ending import end_with_parent
 from kd_det.engine.main import main
-import kd_det.engine.trainer, kd_det.evaluation.coco, kd_det.evaluation.crowdhuman
+from kd_det.experiments import compare, runs
+import kd_det.evaluation.coco, kd_det.evaluation.crowdhuman
+import kd_det_cli
 
-print("ready", flush=True)
-children = {}
-for line in sys.stdin:
+def train(job):
+    end_with_parent()
+    with plain_errors():
+        main(job["argv"])
+    return 0
+
+def run_comparison(job):
+    runs.RUNNER = (sys.executable, "-S", "-c", job["stand_in"], sys.argv[1])
+    return kd_det_cli.main(["compare", *job["argv"]])
+
+def fork(job, streams, work):
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        os.environ.update(job["env"])
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        code = work(job)
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+def from_test(line):
     job = json.loads(line)
-    if "argv" in job:
-        pid = os.fork()
-        if pid == 0:
-            os.setsid()
-            os.environ.update(job["env"])
-            log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            code = 1
-            try:
-                with plain_errors():
-                    main(job["argv"])
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        print(pid, flush=True)
-    else:
+    if "poll" in job:
         done, status = os.waitpid(job["poll"], os.WNOHANG)
-        print(json.dumps(os.waitstatus_to_exitcode(status) if done else None), flush=True)
+        return os.waitstatus_to_exitcode(status) if done else None
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    pid = fork(job, [nothing, log, log], run_comparison if "stand_in" in job else train)
+    os.close(log), os.close(nothing)
+    return pid
+
+def from_stand_in(caller):
+    text, streams, _, _ = socket.recv_fds(caller, 2**20, 3)
+    pid = fork(json.loads(text), streams, train)
+    for stream in streams:
+        os.close(stream)
+    caller.send(str(pid).encode())
+    return pid
+
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+selector = selectors.DefaultSelector()
+selector.register(sys.stdin, selectors.EVENT_READ)
+selector.register(listener, selectors.EVENT_READ)
+callers = {}
+print("ready", flush=True)
+while True:
+    for key, _ in selector.select(0.02 if callers else None):
+        if key.fileobj is listener:
+            caller = listener.accept()[0]
+            callers[from_stand_in(caller)] = caller
+        elif line := sys.stdin.readline():
+            print(json.dumps(from_test(line)), flush=True)
+        else:
+            sys.exit()
+    for pid, caller in list(callers.items()):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            try:
+                caller.send(str(os.waitstatus_to_exitcode(status)).encode())
+            except BrokenPipeError:
+                pass  # it was killed as well
+            caller.close()
+            del callers[pid]
 """
 
 
 class Nursery:
-    """Starts trainings and says how they ended."""
+    """Starts trainings and comparisons, and says how they ended."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
         self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
+            [sys.executable, "-c", _SERVER, str(log.with_suffix(".socket"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -80,7 +141,13 @@ class Nursery:
         pid: int = self._ask(argv=[*map(str, argv)], env={**(env or {})}, log=str(self.log))
         return pid
 
-    def wait(self, pid: int, seconds: float = 120) -> int | None:
+    def compare(self, *argv: str | Path) -> int:
+        """Start `kd-det compare` with these words; return the process's id."""
+        words = [*map(str, argv)]
+        pid: int = self._ask(argv=words, env={}, log=str(self.log), stand_in=_STAND_IN)
+        return pid
+
+    def wait(self, pid: int, seconds: float = 300) -> int | None:
         """Return a process's exit code, or None if it still runs after that time."""
         deadline = time.monotonic() + seconds
         while True:
@@ -89,7 +156,7 @@ class Nursery:
                 return code
             time.sleep(0.005)
 
-    def run(self, *argv: str | Path, seconds: float = 120) -> int:
+    def run(self, *argv: str | Path, seconds: float = 300) -> int:
         """Run to the end; a hang is a failure."""
         pid = self.start(*argv)
         code = self.wait(pid, seconds)

@@ -1,11 +1,7 @@
 """kill -9 at any moment of a training or of a comparison loses nothing but time."""
 
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +13,7 @@ import yaml
 from faults.conftest import Tiny, equal_checkpoints, outcome
 from faults.nursery import Nursery, words
 
+from kd_det.engine.folder_lock import claimed
 from kd_det.files import read_json
 from kd_det.reading import what_damages
 
@@ -84,33 +81,6 @@ def write_recipe(folder: Path, entry: dict[str, str]) -> Path:
     return folder / "recipe.yaml"
 
 
-class Compare:
-    """`kd-det compare` as a process."""
-
-    def __init__(self, recipe: Path, out: Path) -> None:
-        self.log = out.with_suffix(".log")
-        call = "import sys; from kd_det_cli import main; sys.exit(main())"
-        command = [sys.executable, "-c", call, "compare", "--recipe", str(recipe)]
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--out", str(out), "--jobs", "2"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            )
-
-    def wait(self, seconds: float) -> int | None:
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-
 def finals(out: Path) -> dict[str, Path]:
     """The folders of all runs, by their names without the hash."""
     folders = [file.parent for file in out.glob("*/*/result.json")]
@@ -118,14 +88,14 @@ def finals(out: Path) -> dict[str, Path]:
 
 
 def test_killed_comparisons(
-    tiny_data: dict[str, str], tmp_path: Path, record_property: Note
+    tiny_data: dict[str, str], children: Nursery, tmp_path: Path, record_property: Note
 ) -> None:
     """Repeated until done: the same checkpoints, detections and report; no run left alive."""
     random.seed(1)
     recipe = write_recipe(tmp_path, tiny_data)
     begun = time.monotonic()
-    whole = Compare(recipe, tmp_path / "whole")
-    assert whole.wait(PATIENCE) == 0, whole.log.read_text()[-3000:]
+    whole = children.compare("--recipe", recipe, "--out", tmp_path / "whole", "--jobs", "2")
+    assert children.wait(whole, PATIENCE) == 0, children.said()
     length = time.monotonic() - begun
     expected = finals(tmp_path / "whole")
     assert set(expected) == {"teacher", "none-seed0", "l2-seed0"}
@@ -134,41 +104,39 @@ def test_killed_comparisons(
         out = tmp_path / f"out{comparisons}"
         code: int | None = None
         while code != 0:
-            compare = Compare(recipe, out)
-            code = compare.wait(
-                random.uniform(0, 0.7 * length) if kills < KILLS_OF_COMPARISONS else PATIENCE
-            )
+            last = kills >= KILLS_OF_COMPARISONS
+            pid = children.compare("--recipe", recipe, "--out", out, "--jobs", "2")
+            code = children.wait(pid, PATIENCE if last else random.uniform(0, 0.7 * length))
             if code is None:
-                compare.kill()
+                assert not last, children.said()
+                children.kill(pid)
                 kills += 1
             else:
-                assert code == 0, compare.log.read_text()[-3000:]
-        found = finals(out)
-        assert set(found) == set(expected)
-        for name, folder in found.items():
-            check_files(folder)
-            assert outcome(folder) == outcome(expected[name])
-            files = folder / "model_final.pth", expected[name] / "model_final.pth"
-            # The teacher's path, which the student's file names, is another.
-            assert name == "l2-seed0" or equal_checkpoints(*files)
-        assert not list(out.glob("**/*.stale-*")) and not list(out.glob("**/*.damaged"))
-        reports = [read_json(folder / "report.json") for folder in (out, tmp_path / "whole")]
-        assert all(report is not None for report in reports)
-        arms = [[arm["delta"] for arm in report["arms"]] for report in reports if report]
-        assert arms[0] == arms[1]
+                assert code == 0, children.said()
+        check_comparison(out, tmp_path / "whole")
         comparisons += 1
-    assert alive(tmp_path) == []
+    wait_until_ended(tmp_path)
     record_property("tried", f"{kills} kill -9 of compare, {comparisons} comparisons: all the same")
 
 
-def alive(folder: Path) -> list[str]:
-    """The command lines of processes that still work below a folder."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(folder) in line:
-            found.append(line)
-    return found
+def check_comparison(out: Path, whole: Path) -> None:
+    """Compare what two comparisons of one recipe left."""
+    found, expected = finals(out), finals(whole)
+    assert set(found) == set(expected)
+    for name, folder in found.items():
+        check_files(folder)
+        assert outcome(folder) == outcome(expected[name])
+        files = folder / "model_final.pth", expected[name] / "model_final.pth"
+        # The teacher's path, which the student's file names, is another.
+        assert name == "l2-seed0" or equal_checkpoints(*files)
+    assert not list(out.glob("**/*.stale-*")) and not list(out.glob("**/*.damaged"))
+    arms = [read_json(folder / "report.json") for folder in (out, whole)]
+    deltas = [[arm.get("delta") for arm in (report or {})["arms"]] for report in arms]
+    assert deltas[0] == deltas[1]
+
+
+def wait_until_ended(folder: Path) -> None:
+    """No process holds a run's folder any more."""
+    for lock in folder.glob("**/.lock"):
+        with claimed(str(lock.parent), patience=60):
+            pass
