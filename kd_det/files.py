@@ -111,7 +111,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def write_json(path: Path, content: Mapping[str, Any], *, durable: bool = True) -> None:
+def write_json(
+    path: Path, content: Mapping[str, Any], *, shared: bool = False, durable: bool = True
+) -> None:
     """
     Write a JSON file in one go, see `write_whole`, and its folder if need be.
 
@@ -119,7 +121,7 @@ def write_json(path: Path, content: Mapping[str, Any], *, durable: bool = True) 
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()), durable=durable)
+    write_whole(path, lambda file: file.write(text.encode()), shared=shared, durable=durable)
 
 
 def _without_nan(value: Any) -> Any:

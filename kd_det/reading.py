@@ -22,6 +22,7 @@ _CONVERT = (
     "If you know where the file is from, convert it to tensors in a place that holds nothing else: "
     'docs/reliability.md, "Convert a refused file", has the command'
 )
+_OTHER_COPY = "Take another copy of it, or the checkpoint before it."
 _ENCODINGS = ("latin1", "latin-1")
 _ZIP = b"PK\x03\x04"
 
@@ -64,7 +65,7 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
     """
     name = os.fspath(path)
     _refuse_archives(name)
-    _check_sums(name)
+    check_sums(name)
     try:
         with safe_numpy_load():
             return torch.load(name, map_location="cpu", weights_only=True)
@@ -75,20 +76,46 @@ def load_tensors(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-def _check_sums(name: str) -> None:
-    """Compare the parts of a zip archive with their checksums, which torch does not look at."""
+def what_damages(path: str | os.PathLike[str]) -> str:
+    """
+    Return why a file of `torch.save` cannot be read, in one line; "" where it can.
+
+    Raises:
+        RefusedFileError: it is whole, and holds what is refused: somebody's file, no damage.
+        OSError: the file is absent, or the disk does not give it out.
+    """
+    try:
+        load_tensors(path)
+    except OSError:
+        raise
+    except Exception as error:  # whatever torch raises for a damaged file
+        if isinstance(error, RefusedFileError) and zipfile.is_zipfile(path):
+            raise
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return ""
+
+
+def check_sums(path: str | os.PathLike[str]) -> None:
+    """
+    Compare the parts of a zip archive with their checksums, which torch does not look at.
+
+    Raises:
+        ValueError: a part does not fit. Files that are no zip archives have no checksums.
+    """
+    name = os.fspath(path)
     if not zipfile.is_zipfile(name):
         return
-    with zipfile.ZipFile(name) as archive:
-        try:
-            damaged = archive.testzip()
-        except zipfile.BadZipFile as error:
-            damaged = str(error)
-    if damaged is not None:
-        raise ValueError(
-            f"{name} is damaged: {damaged} does not fit its checksum. Take another copy of it, or "
-            "the checkpoint before it."
-        )
+    try:
+        with zipfile.ZipFile(name) as archive:
+            part = archive.testzip()
+    except OSError:
+        raise
+    except Exception as error:  # whatever damaged headers raise: of encryption, of unknown methods
+        problem = f"its archive cannot be read ({type(error).__name__}: {error})"
+        raise ValueError(f"{name} is damaged: {problem}. {_OTHER_COPY}") from error
+    if part is not None:
+        problem = f"{part} does not fit its checksum"
+        raise ValueError(f"{name} is damaged: {problem}. {_OTHER_COPY}")
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

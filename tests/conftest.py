@@ -74,3 +74,18 @@ def tiny_student(tiny_data: dict[str, str], tmp_path: Path) -> Callable[..., Cfg
         return load_config(str(path))
 
     return get
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what the suite of faults has tried, with counts."""
+    reports = [
+        report
+        for group in terminalreporter.stats.values()
+        for report in group
+        if getattr(report, "when", "") == "call"
+    ]
+    tried = [value for r in reports for key, value in r.user_properties if key == "tried"]
+    if tried:
+        terminalreporter.section("what was tried")
+        for line in sorted(tried):
+            terminalreporter.line(line)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kd_det.data.annotation_checks import find_problem
 from kd_det.data.annotation_file import (
@@ -17,8 +17,48 @@ from kd_det.data.annotation_file import (
 # The metrics read area and iscrowd of every object, but only after hours of training.
 _OF_IMAGES = ("id", "file_name", "width", "height")
 _OF_ANNOTATIONS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+# (file, folder of images) -> what they were when they passed, and with which switches.
+_passed: dict[tuple[str, str], "_Passed"] = {}
 # A JPEG has no longer side, and the pixels of an image fit the 32 bits of a run length.
 _MAX_SIDE = 65_535
+
+
+class _Passed(NamedTuple):
+    stamp: tuple[int, ...]
+    masks: bool
+    keypoints: bool
+    sizes: dict[tuple[int, int], str]
+
+
+def sizes_of_checked(
+    name: str, json_file: Path, images: Path, *, masks: bool = False, keypoints: bool = False
+) -> Mapping[tuple[int, int], str]:
+    """
+    Return the sizes (width, height) of a data set's images, each with the name of one such file.
+
+    The set is checked, see `check_coco`, unless this process has done so and neither file nor
+    folder has changed since.
+
+    Raises:
+        FileNotFoundError, ValueError: from `check_coco`.
+    """
+    key, stamp = (str(json_file), str(images)), _stamp(json_file, images)
+    last = _passed.get(key)
+    if last and last.stamp == stamp and last.masks >= masks and last.keypoints >= keypoints:
+        return last.sizes
+    content = check_coco(name, json_file, images, masks=masks, keypoints=keypoints)
+    sizes = {(x["width"], x["height"]): x["file_name"] for x in reversed(content["images"])}
+    _passed[key] = _Passed(stamp, masks, keypoints, sizes)
+    return sizes
+
+
+def _stamp(json_file: Path, images: Path) -> tuple[int, ...]:
+    found: list[int] = []
+    for path in (json_file, images):
+        if path.exists():
+            status = path.stat()
+            found += (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return tuple(found)
 
 
 def check_coco(

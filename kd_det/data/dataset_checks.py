@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 
-from kd_det.data.coco_checks import check_coco
+from kd_det.data.coco_checks import sizes_of_checked
 from kd_det.reading import load_pickle
 from kd_det.text import nearest
 
@@ -57,7 +57,7 @@ def check_proposals(cfg: CfgNode) -> None:
 
 
 def _check(name: str, cfg: CfgNode) -> list[Size]:
-    """Check one data set; return the sizes of its images."""
+    """Check one data set; return its images' sizes, each at least once."""
     if name not in DatasetCatalog:
         raise KeyError(
             f"DATASETS: the data set {name!r} is not registered; "
@@ -73,14 +73,14 @@ def _check(name: str, cfg: CfgNode) -> list[Size]:
         ]
     if not Path(json_file).is_file():
         DatasetCatalog.get(name)  # draws what is drawn on demand, or says how to get it
-    content = check_coco(
+    sizes = sizes_of_checked(
         name,
         Path(json_file),
         Path(metadata.image_root),
         masks=cfg.MODEL.MASK_ON,
         keypoints=cfg.MODEL.KEYPOINT_ON,
     )
-    return [(name, x["file_name"], x["width"], x["height"]) for x in content["images"]]
+    return [(name, file_name, *size) for size, file_name in sizes.items()]
 
 
 def _check_sizes(sizes: Iterable[Size], shortest: list[int], longest: int, role: str) -> None:

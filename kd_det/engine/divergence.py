@@ -47,6 +47,8 @@ def explained(
 
     Raises:
         FloatingPointError: in place of an AssertionError, or of one that names no iteration.
+        RuntimeError, ValueError: as the model raised them, such as a batch norm of one single
+            value, with iteration and images.
     """
     try:
         yield
@@ -57,6 +59,11 @@ def explained(
             f"{error}). Images of the batch: {image_names(batch)}. "
             f"{losses}. If losses grow, training diverges. {_ADVICE}"
         ) from error
+    except (RuntimeError, ValueError) as error:
+        if type(error) not in (RuntimeError, ValueError):
+            raise  # others may be caught by their kind, and are made of more than a message
+        where = f"iteration {iteration}, images of the batch: {image_names(batch)}"
+        raise type(error)(f"{error} ({where})") from error
 
 
 def image_names(batch: Sequence[Mapping[str, Any]]) -> list[Any]:

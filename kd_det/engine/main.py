@@ -15,14 +15,15 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from kd_det.checkpoint import KDCheckpointer
+from kd_det.checkpoint.damaged import set_damaged_aside
 from kd_det.distillation.teacher import teacher_weights
+from kd_det.engine.auto_teacher import absent_teacher, what_lacks
 from kd_det.engine.console import settle_handlers
 from kd_det.engine.folder_lock import claimed
 from kd_det.engine.job import Job
 from kd_det.engine.launch import launch
 from kd_det.engine.rehearsal import (
     TrainerClass,
-    absent_teacher,
     check_before_training,
     prepare,
 )
@@ -99,9 +100,11 @@ def train(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, resume: 
     return _train(cfg, trainer, resume=resume)
 
 
-def _train(cfg: CfgNode, trainer: TrainerClass, *, resume: bool) -> Any:
+def _train(cfg: CfgNode, trainer: TrainerClass, *, resume: bool, mend: bool = False) -> Any:
     train_missing_teacher(cfg, trainer)
     with claimed(cfg.OUTPUT_DIR):
+        if mend:
+            set_damaged_aside(cfg.OUTPUT_DIR)
         if cfg.SEED >= 0:
             seed_all_rng(cfg.SEED + comm.get_rank())
         training = trainer(cfg)
@@ -110,14 +113,16 @@ def _train(cfg: CfgNode, trainer: TrainerClass, *, resume: bool) -> Any:
 
 
 def train_missing_teacher(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer) -> None:
-    """Train the teacher where KD.TEACHER.WEIGHTS "auto" finds no checkpoint."""
+    """Train the teacher where KD.TEACHER.WEIGHTS "auto" finds no checkpoint, or a damaged one."""
     own_cfg = absent_teacher(cfg)
     if own_cfg is None:
         return
     weights = teacher_weights(cfg, own_cfg)
-    _logger.warning("The teacher has no checkpoint %s yet: training it first.", weights)
+    _logger.warning(
+        "The teacher's checkpoint %s %s: training it first.", weights, what_lacks(weights)
+    )
     prepare(own_cfg)
-    _train(own_cfg, trainer, resume=True)
+    _train(own_cfg, trainer, resume=True, mend=True)
     comm.synchronize()  # the main process has written the file
     _logger.warning("The teacher is trained (%s); now the student.", weights)
 

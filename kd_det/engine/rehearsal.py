@@ -19,10 +19,9 @@ from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.file_io import PathManager
 
 from kd_det.checkpoint import KDCheckpointer
-from kd_det.config import is_distillation
 from kd_det.data import register_from_config
 from kd_det.data.dataset_checks import check_datasets
-from kd_det.distillation.teacher import teacher_config, teacher_weights
+from kd_det.engine.auto_teacher import absent_teacher
 from kd_det.engine.trainer import DistillationTrainer
 
 _logger = logging.getLogger("kd_det.engine")
@@ -49,15 +48,6 @@ def prepare(cfg: CfgNode) -> None:
             "that can."
         ) from error
     cfg.freeze()
-
-
-def absent_teacher(cfg: CfgNode) -> CfgNode | None:
-    """Return the config of a teacher that is to be trained first; None where none is."""
-    wanted = is_distillation(cfg) and (cfg.KD.DISTILLERS or cfg.KD.INHERIT)
-    if not wanted or cfg.KD.TEACHER.WEIGHTS != "auto":
-        return None
-    own_cfg = teacher_config(cfg)
-    return None if os.path.isfile(teacher_weights(cfg, own_cfg)) else own_cfg
 
 
 def check_before_training(cfg: CfgNode, trainer: TrainerClass) -> None:

@@ -16,6 +16,7 @@ from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.utils.file_io import PathManager
 
 from kd_det.evaluation.coco_index import index_pair
+from kd_det.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,7 @@ class COCODetectionEvaluator(COCOEvaluator):
         results = self._with_category_ids(found)
         if self._output_dir:
             path = os.path.join(self._output_dir, "coco_instances_results.json")
-            with PathManager.open(path, "w") as file:
-                json.dump(results, file)
+            write_text(path, json.dumps(results))
             logger.info("saved %d detections to %s", len(results), path)
         if not self._do_evaluation:
             logger.info("the data set has no annotations, so no metrics are computed")

@@ -16,6 +16,7 @@ from detectron2.utils.logger import create_small_table
 
 from kd_det.evaluation.crowdhuman_metrics import Array, CrowdScene, crowd_metrics
 from kd_det.evaluation.crowdhuman_official import clip_to_frame, official_metrics
+from kd_det.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -166,5 +167,4 @@ class CrowdHumanEvaluator(DatasetEvaluator):
             for (x0, y0, x1, y1), score in zip(boxes.tolist(), scores.tolist(), strict=True)
         ]
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / PREDICTIONS_FILE, "w", encoding="utf-8") as file:
-            json.dump(results, file)
+        write_text(folder / PREDICTIONS_FILE, json.dumps(results))

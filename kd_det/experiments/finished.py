@@ -1,11 +1,10 @@
 """When a run counts as finished: its result, its detections and its final checkpoint are there."""
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd_det.experiments.identity import file_identity
+from kd_det.experiments.digests import checkpoint_damage, digest_of
 from kd_det.experiments.plan import Run
 from kd_det.files import read_json, write_json
 
@@ -22,8 +21,8 @@ def what_lacks(run: Run) -> str:
     """
     Return what keeps a run from being finished, for humans; "" where nothing does.
 
-    The files are not read as wholes: a JSON list has its two ends, a checkpoint the directory that
-    stands at its end.
+    Detections are not read as a whole: a JSON list has its two ends. A checkpoint is compared with
+    its checksums when it is new.
     """
     if not _result(run).exists():
         return "no result.json yet"
@@ -31,7 +30,7 @@ def what_lacks(run: Run) -> str:
         return "its result.json is damaged"
     if not _is_list(detections_file(run.folder)):
         return "its detections are missing or damaged"
-    if run.iterations and not zipfile.is_zipfile(run.checkpoint):
+    if run.iterations and checkpoint_damage(run.checkpoint):
         return f"its {run.checkpoint.name} is missing or damaged"
     return made_from_others(run)
 
@@ -61,7 +60,7 @@ def set_aside(run: Run) -> Path:
 
 def _digest(run: Run) -> str:
     """Return the digest of a run's final checkpoint; "" where it is to be made (again)."""
-    return file_identity(str(run.checkpoint)) if zipfile.is_zipfile(run.checkpoint) else ""
+    return "" if checkpoint_damage(run.checkpoint) else digest_of(run.checkpoint)
 
 
 def detections_file(folder: Path) -> Path:

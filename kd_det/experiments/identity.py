@@ -10,7 +10,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_det.data import register_from_config
 from kd_det.data.annotation_file import read_annotation_file
-from kd_det.files import cache_root, sha256_of
+from kd_det.experiments.digests import digest_of
+from kd_det.files import cache_root
 
 
 def data_identity(cfg: CfgNode) -> dict[str, str]:
@@ -36,13 +37,8 @@ def data_identity(cfg: CfgNode) -> dict[str, str]:
     return found
 
 
-def file_identity(path: str) -> str:
-    """Return the sha256 of a file, read again only when its size or time has changed."""
-    return _sha256(path, *_stamp(path))
-
-
 def _digest_of_set(file: Path, images: Path) -> str:
-    digest = hashlib.sha256(file_identity(str(file)).encode())
+    digest = hashlib.sha256(digest_of(file).encode())
     for name in _file_names(str(file), *_stamp(str(file))):
         path = images / name
         digest.update(f"{name} {_stamp(str(path)) if path.is_file() else 'absent'}\n".encode())
@@ -54,11 +50,6 @@ def _file_names(path: str, size: int, time: int) -> tuple[str, ...]:
     entries = read_annotation_file(Path(path)).get("images")
     entries = entries if isinstance(entries, list) else []
     return tuple(str(e.get("file_name")) for e in entries if isinstance(e, dict))
-
-
-@functools.lru_cache(maxsize=64)
-def _sha256(path: str, size: int, time: int) -> str:
-    return sha256_of(path)
 
 
 def _stamp(path: str) -> tuple[int, int]:

@@ -18,9 +18,9 @@ from detectron2.config import CfgNode
 import kd_det
 from kd_det import zoo
 from kd_det.config import changed_settings, is_distillation, load_config
-from kd_det.experiments.identity import data_identity, file_identity
+from kd_det.experiments.digests import digest_of
+from kd_det.experiments.identity import data_identity
 from kd_det.experiments.recipe import Arm, Recipe, RecipeError
-from kd_det.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,6 @@ class _Planner:
         self.runs: dict[Path, Run] = {}
         self.test_sets: dict[str, tuple[str, ...]] = {}
         self._configs: dict[tuple[Path, tuple[str, ...]], CfgNode] = {}
-        self._identities: dict[str, str] = {}
 
     def plan(self) -> Plan:
         recipe = self.recipe
@@ -126,7 +125,7 @@ class _Planner:
         return self._configs[file, opts].clone()
 
     def _identity(self, weights: str) -> str:
-        """Return the sha256 of a checkpoint, read once or of the zoo; of another URL, itself."""
+        """Return the sha256 of a checkpoint, a file or of the zoo; of another URL, itself."""
         if weights.startswith(zoo.PREFIX):
             return zoo.find(weights).sha256
         if "://" in weights:
@@ -135,9 +134,7 @@ class _Planner:
             raise RecipeError(
                 f"Teacher weights {weights} do not exist (KD.TEACHER.WEIGHTS of an arm)."
             )
-        if weights not in self._identities:
-            self._identities[weights] = sha256_of(weights)
-        return self._identities[weights]
+        return digest_of(weights)
 
     def _student(self, arm: Arm, seed: int) -> Run:
         parent = self._student(self.recipe.arm(arm.init_from), seed) if arm.init_from else None
@@ -204,7 +201,7 @@ class _Planner:
         """Return digests of what a run reads: its data sets, and the file that it starts from."""
         found = {f"data {name}": digest for name, digest in data_identity(cfg).items()}
         if parent is None and os.path.isfile(cfg.MODEL.WEIGHTS):
-            found["start"] = file_identity(cfg.MODEL.WEIGHTS)
+            found["start"] = digest_of(cfg.MODEL.WEIGHTS)
         return found
 
     def _teacher_of(self, cfg: CfgNode, name: str) -> tuple[Run, str, str]:

@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from kd_det.checkpoint.damaged import set_damaged_aside
 from kd_det.engine.ending import PARENT_PIPE
+from kd_det.experiments.digests import checkpoint_damage
 from kd_det.experiments.finished import (
     made_from_others,
     note_inputs,
@@ -110,6 +112,8 @@ class _Queue:
         if reason := made_from_others(run):
             self.display.line(f"{run.title}: {reason}; now in {set_aside(run).name}, done afresh")
         run.folder.mkdir(parents=True, exist_ok=True)
+        for sentence in set_damaged_aside(run.folder, checkpoint_damage):
+            self.display.line(f"{run.title}: {sentence}")
         note_inputs(run)
         (run.folder / "progress.json").unlink(missing_ok=True)  # of an attempt that was stopped
         threads = cores() if run.is_teacher else max(1, cores() // self.jobs)

@@ -4,6 +4,7 @@ import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from kd_det.data import register_coco_style, register_crowdhuman
+from kd_det.data import coco_checks, register_coco_style, register_crowdhuman
 from kd_det.data.dataset_checks import check_datasets, check_proposals
+from kd_det.data.loading import load_training_set
 from kd_det.engine.trainer import DistillationTrainer
 
 NAMES = ("checked_train", "checked_test", "checked_crowd")
@@ -45,6 +47,61 @@ def test_valid_ones_pass(cfg: CfgNode) -> None:
     check_datasets(cfg)
     cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = True
     check_datasets(cfg)
+
+
+def named_keypoints(folder: Path, **change: object) -> None:
+    """Write the training set so that it can be loaded: its keypoints have names."""
+    content = valid()
+    count = max(len(item.get("keypoints", ())) for item in content["annotations"]) // 3
+    for category in content["categories"]:
+        category["keypoints"] = [str(i) for i in range(count)]
+    content["annotations"][0].update(change)
+    for name in NAMES[:2]:
+        (folder / name / "truth.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the sets that are checked from now on, in order."""
+    names: list[str] = []
+    original = coco_checks.check_coco
+
+    def note(name: str, *rest: Any, **switches: bool) -> dict[str, Any]:
+        names.append(name)
+        return original(name, *rest, **switches)
+
+    monkeypatch.setattr(coco_checks, "check_coco", note)
+    return names
+
+
+def test_a_run_checks_each_set_once(tmp_path: Path, cfg: CfgNode, checked: list[str]) -> None:
+    named_keypoints(tmp_path)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.MODEL.MASK_ON = True
+    check_datasets(cfg)
+    assert checked == list(NAMES[:2])
+    load_training_set(cfg)
+    DistillationTrainer.build_test_loader(cfg, NAMES[1])
+    check_datasets(cfg)  # as a rehearsed teacher and its student do
+    assert len(checked) == 2
+
+
+def test_a_changed_set_and_more_switches_are_checked_again(
+    tmp_path: Path, cfg: CfgNode, checked: list[str]
+) -> None:
+    named_keypoints(tmp_path)
+    load_training_set(cfg)
+    cfg.MODEL.KEYPOINT_ON = True
+    check_datasets(cfg)
+    assert checked == [NAMES[0], *NAMES[:2]]
+    named_keypoints(tmp_path, category_id=99)
+    with pytest.raises(ValueError, match="category_id 99"):
+        load_training_set(cfg)
+    named_keypoints(tmp_path)
+    load_training_set(cfg)
+    next((tmp_path / NAMES[0] / "images").iterdir()).unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 3 images are missing"):
+        load_training_set(cfg)
 
 
 @pytest.mark.parametrize("name", NAMES[:2])

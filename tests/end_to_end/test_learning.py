@@ -19,16 +19,26 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "total_loss" in row]
 
 
-# What is left of the loss of the first steps. AutoAssign's is a mean over all positions in a box.
-DETECTORS = {"student": 0.8, "atss": 0.8, "gfl": 0.8, "autoassign": 0.85, "fsaf": 0.8}
+# Of each detector, losses that fall, and what is left of them of the first steps'. AutoAssign's is a
+# mean over all positions in a box. GFL's class score is trained towards the IoU of its own boxes,
+# about zero at first: while they improve, it rises (from 0.26 to 0.39), and the sum hardly falls.
+DETECTORS = {
+    "student": (["total_loss"], 0.8),
+    "atss": (["total_loss"], 0.8),
+    "gfl": (["loss_gfl_loc", "loss_gfl_dfl"], 0.8),
+    "autoassign": (["total_loss"], 0.85),
+    "fsaf": (["total_loss"], 0.8),
+}
 
 
-@pytest.mark.parametrize(("config", "left"), DETECTORS.items())
-def test_a_detector_learns(config: str, left: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", DETECTORS)
+def test_a_detector_learns(config: str, tmp_path: Path) -> None:
     own = ["DATASETS.TEST", "('shapes_val',)", "OUTPUT_DIR", str(tmp_path)]
     metrics = main(["--config-file", str(CONFIGS / f"{config}.yaml"), *SHORT, *own])
     rows = losses(tmp_path)
-    assert rows[-1]["total_loss"] < left * rows[0]["total_loss"]
+    falling, left = DETECTORS[config]
+    for name in falling:
+        assert rows[-1][name] < left * rows[0][name]
     assert metrics["bbox"]["AP50"] > 1  # of random weights: 0.0
 
 

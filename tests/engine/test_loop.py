@@ -106,6 +106,20 @@ class TestAssertions:
         with pytest.raises(FloatingPointError, match=r"at iteration 0 .*\[5\]. First step"):
             step([{"fail": True, "image_id": 5}])
 
+    @pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+    def test_other_complaints_get_iteration_and_images(
+        self, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+    ) -> None:
+        self.fail(monkeypatch, kind("Expected more than 1 value per channel"))
+        message = r"^Expected more .* channel \(iteration 0, images of the batch: \['a.png'\]\)$"
+        with pytest.raises(kind, match=message):
+            step([{"fail": True, "file_name": "a.png"}])
+
+    def test_kinds_of_errors_are_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail(monkeypatch, torch.cuda.OutOfMemoryError("memory"))
+        with pytest.raises(torch.cuda.OutOfMemoryError, match=r"^memory$"):
+            step([{"fail": True}])
+
     def test_other_errors_stay_as_they_are(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fail(monkeypatch, KeyError("a"))
         with pytest.raises(KeyError, match="'a'"):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from tiny_runs import TinyTeacher
 
 from kd_det.distillation import detector as detector_module
 from kd_det.engine.main import main
+from kd_det.reading import RefusedFileError
 
 MakeTeacher = Callable[[str], TinyTeacher]
 EVALUATED = {"DATASETS.TEST": [tiny_runs.DATA]}
@@ -46,7 +48,7 @@ def test_trains_the_absent_teacher_first_and_once(
     weights = tmp_path / "teacher" / "model_final.pth"
     assert set(metrics["bbox"]) >= {"AP", "AP50", "AP75"}
     log = (tmp_path / "student" / "log.txt").read_text()
-    assert f"The teacher has no checkpoint {weights} yet: training it first." in log
+    assert f"The teacher's checkpoint {weights} is not there yet: training it first." in log
     assert "now the student" in log
     assert "Paired pyramid levels" in log
     taught = torch.load(tmp_path / "student" / "model_final.pth")["kd"]["teacher"]
@@ -82,6 +84,58 @@ def test_an_interrupted_teacher_is_resumed(auto: tuple[Path, Path], tmp_path: Pa
     log = (tmp_path / "student" / "log.txt").read_text()
     assert f"Resumed from {tmp_path / 'teacher' / 'model_0000000.pth'}" in log
     assert (tmp_path / "student" / "model_final.pth").exists()
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flip(content: bytes) -> bytes:
+    at = len(content) // 2  # among the tensors
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "periodic"), [(flip, True), (None, True), (cut, False), (lambda _: b"text", False)]
+)
+def test_a_damaged_teacher_is_made_again(
+    auto: tuple[Path, Path], tmp_path: Path, damage: Any, periodic: bool
+) -> None:
+    teacher, student = auto
+    tiny_runs.train(tiny_runs.load_config(str(teacher), ["SOLVER.CHECKPOINT_PERIOD", 1]))
+    folder = tmp_path / "teacher"
+    weights = folder / "model_final.pth"
+    good = torch.load(weights)["model"]
+    files = [folder / "model_0000000.pth", folder / "model_0000001.pth", weights]
+    for file in files[2:] if periodic else files:
+        content = file.read_bytes()
+        file.unlink()
+        if damage is not None:
+            file.write_bytes(damage(content))
+    main(["--config-file", str(student), "SOLVER.MAX_ITER", "1"])
+    log = (tmp_path / "student" / "log.txt").read_text()
+    lacks = "is not there yet" if damage is None else r"is damaged \(\w+: .*\)"
+    assert re.search(rf"The teacher's checkpoint {weights} {lacks}: training it first", log)
+    assert ("Resumed from" in log) == periodic
+    assert tiny_runs.equal_states(dict(torch.load(weights)["model"]), dict(good))
+    if damage is not None:
+        assert weights.with_name("model_final.pth.damaged").exists()
+    # Repeating it finds nothing to mend.
+    main(["--config-file", str(student), "--resume", "SOLVER.MAX_ITER", "1"])
+    assert (tmp_path / "student" / "log.txt").read_text().count("training it first") == 1
+
+
+def test_a_foreign_file_in_the_teachers_place_stays(
+    auto: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """It is whole: somebody's, and no damage that training may replace."""
+    weights = tmp_path / "teacher" / "model_final.pth"
+    weights.parent.mkdir()
+    torch.save({"model": {}, "config": Path("x")}, weights)
+    content = weights.read_bytes()
+    with pytest.raises(RefusedFileError, match=r"model_final\.pth is no file of tensors"):
+        main(["--config-file", str(auto[1])])
+    assert weights.read_bytes() == content
 
 
 class TestEvalOnly:

@@ -147,7 +147,8 @@ def _write_test_set(root: Path) -> dict:
 
 
 @pytest.fixture
-def lab(tmp_path, request):
+def lab(tmp_path, request, monkeypatch):
+    monkeypatch.setenv("KD_DET_CACHE", str(tmp_path / "cache"))  # digests of these files
     data = f"cli_{request.node.name}"
     yield Lab(tmp_path, data)
     DatasetCatalog.remove(data)

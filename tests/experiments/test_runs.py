@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kd_det.experiments import digests
 from kd_det.experiments import plan as plan_module
 from kd_det.experiments.plan import make_plan
 from kd_det.experiments.progress import Display, Estimator
@@ -99,9 +100,11 @@ def test_each_config_and_each_checkpoint_is_read_once(lab, monkeypatch):
         monkeypatch.setattr(plan_module, name, reader)
 
     note("load_config")
-    note("sha256_of")
+    monkeypatch.setitem(
+        digests._READERS, "sha256", lambda path: read["sha256_of"].append(Path(path).name) or "0"
+    )
     plan_of(lab, lab.write("given.yaml", text))
-    assert read["sha256_of"] == ["given.pth"]
+    assert sorted(read["sha256_of"]) == ["given.pth", "truth.json"]
     assert sorted(read["load_config"]) == ["distilled.yaml", "student.yaml", "teacher.yaml"]
 
 
@@ -226,6 +229,14 @@ def test_an_arm_without_iterations_is_evaluated(lab):
     assert plan.students["look", 0].iterations == 0
 
 
+def flipped_archive() -> bytes:
+    """An archive whose directory is whole, and of whose content one byte is another."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("data", "weights")
+    return content.getvalue().replace(b"weights", b"weighte")
+
+
 RESULT = "result.json"
 FOUND = "inference/coco_instances_results.json"
 FINAL = "model_final.pth"
@@ -239,6 +250,7 @@ DAMAGE = [
     (FOUND, b'[{"image_id": 1, "bbox": [1, 2', "its detections are missing or damaged"),
     (FOUND, b"", "its detections are missing or damaged"),
     (FOUND, None, "its detections are missing or damaged"),
+    (FINAL, flipped_archive(), "its model_final.pth is missing or damaged"),
     (FINAL, b"PK\x03\x04 and then nothing", "its model_final.pth is missing or damaged"),
     (FINAL, None, "its model_final.pth is missing or damaged"),
 ]
@@ -258,8 +270,11 @@ def test_what_is_damaged_is_done_again_and_said(lab, arm):
         assert f"{damaged.title}: {told}; that part is done again" in run(lab, plan_of(lab))
         (call,) = lab.calls()
         assert call["run"] == damaged.folder.name
-        # It has a final checkpoint to go on from, unless that is what was missing.
-        assert call["flags"] == ([] if (name, content) == (FINAL, None) else ["--resume"])
+        # It has a final checkpoint to go on from, unless that is what was damaged.
+        assert call["flags"] == ([] if name == FINAL else ["--resume"])
+        aside = damaged.folder / "model_final.pth.damaged"
+        assert aside.exists() == (name == FINAL and content is not None)
+        aside.unlink(missing_ok=True)
     assert "done again" not in run(lab, plan_of(lab))
     assert lab.calls() == []
 
