@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -46,13 +47,15 @@ def draw_report(
     arms = report["arms"]
     chart_inches = 0.9 + 0.42 * len(arms)
     images_inches = 2.05
-    figure = Figure(figsize=(10, chart_inches + images_inches), dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
-    halves = figure.subfigures(2, 1, squeeze=False, height_ratios=[chart_inches, images_inches])
-    chart, strip = halves[:, 0]
-    _draw_chart(chart.add_axes((0.235, 0.55 / chart_inches, 0.55, 1 - 0.85 / chart_inches)), report)
-    _draw_images(strip, report, truth, detections)
-    figure.savefig(file, format="png")
+    with rc_context({"text.parse_math": False}):  # a label may hold dollars
+        figure = Figure(figsize=(10, chart_inches + images_inches), dpi=150, facecolor="white")
+        FigureCanvasAgg(figure)
+        halves = figure.subfigures(2, 1, squeeze=False, height_ratios=[chart_inches, images_inches])
+        chart, strip = halves[:, 0]
+        axes = chart.add_axes((0.235, 0.55 / chart_inches, 0.55, 1 - 0.85 / chart_inches))
+        _draw_chart(axes, report)
+        _draw_images(strip, report, truth, detections)
+        figure.savefig(file, format="png")
 
 
 def _draw_chart(axes: Axes, report: Mapping[str, Any]) -> None:
