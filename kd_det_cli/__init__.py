@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kd_det_cli import bench, compare, show, zoo
+from kd_det_cli import bench, compare, distill, show, zoo
 
-COMMANDS = {"compare": compare, "show": show, "bench": bench, "zoo": zoo}
+COMMANDS = {"distill": distill, "compare": compare, "show": show, "bench": bench, "zoo": zoo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

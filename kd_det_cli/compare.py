@@ -15,6 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the recipe's")
     parser.add_argument("--arms", nargs="+", help="only these, and the baseline")
+    parser.add_argument(
+        "--practical",
+        type=float,
+        default=0.3,
+        help="AP points below which a difference does not matter; default 0.3",
+    )
 
 
 def run(args: argparse.Namespace, argv: Sequence[str], runner: Sequence[str] | None = None) -> int:
@@ -36,7 +42,12 @@ def run(args: argparse.Namespace, argv: Sequence[str], runner: Sequence[str] | N
 
     try:
         comparison = Comparison.prepare(
-            args.recipe, args.out, seeds=args.seeds, arms=args.arms, jobs=args.jobs
+            args.recipe,
+            args.out,
+            seeds=args.seeds,
+            arms=args.arms,
+            jobs=args.jobs,
+            practical=args.practical,
         )
     # What a recipe, its configs and its data sets are refused with.
     except (FileNotFoundError, KeyError, ValueError) as error:

@@ -71,6 +71,22 @@ def check_before_training(cfg: CfgNode, trainer: TrainerClass) -> None:
             _rehearse_all(cfg, trainer, folder)
 
 
+def rehearse_run(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer) -> None:
+    """
+    Build once all that a run builds, that of its absent teachers included; nothing is trained.
+
+    Args:
+        cfg: full config, as loaded.
+        trainer: as for the run.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError, ...: whatever the run itself would raise.
+    """
+    prepare(cfg)
+    with _without_trace(), tempfile.TemporaryDirectory(dir=cfg.OUTPUT_DIR) as folder:
+        _rehearse_all(cfg, trainer, folder)
+
+
 def _rehearse_all(cfg: CfgNode, trainer: TrainerClass, folder: str) -> str:
     """Rehearse a run after those of absent teachers; return stand-in weights of its model."""
     own_cfg, teacher = absent_teacher(cfg), ""

@@ -17,7 +17,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +31,7 @@ from kd_det.evaluation.coco_index import index_pair
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 StrPath = str | os.PathLike[str]
+_NUM_IOUS = 10  # 0.50 to 0.95
 
 
 class AveragePrecision(NamedTuple):
@@ -53,9 +54,14 @@ class CocoMatches:
     """Detections on a data set, matched to the objects once, for AP under any image weights."""
 
     def __init__(
-        self, image_ids: Sequence[int], classes: Sequence[_ClassMatches], recalls: Floats
+        self,
+        image_ids: Sequence[int],
+        category_ids: Sequence[int],
+        classes: Sequence[_ClassMatches],
+        recalls: Floats,
     ) -> None:
         self.image_ids = tuple(image_ids)
+        self.category_ids = tuple(category_ids)
         self._classes = tuple(classes)
         self._recalls = recalls
 
@@ -94,7 +100,8 @@ class CocoMatches:
             _class_matches([e for e in row if e is not None], position, len(params.iouThrs))
             for row in per_class
         ]
-        return cls([int(i) for i in params.imgIds], classes, params.recThrs)
+        categories = [int(i) for i in params.catIds]
+        return cls([int(i) for i in params.imgIds], categories, classes, params.recThrs)
 
     def ap(self, weights: ArrayLike | None = None) -> AveragePrecision:
         """
@@ -108,18 +115,31 @@ class CocoMatches:
             data set holding each image that many times (up to the order of different images'
             detections of exactly equal score).
         """
+        found = self.precisions(weights)
+        found = found[~np.isnan(found[:, 0])]
+        if not len(found):
+            return AveragePrecision(float("nan"), float("nan"))
+        return AveragePrecision(float(found.mean()), float(found[:, 0].mean()))
+
+    def precisions(self, weights: ArrayLike | None = None) -> Floats:
+        """
+        Compute the AP of every class at every IoU; arguments as for `ap`.
+
+        Returns:
+            (classes, IoUs), 0 to 1; NaN for a class of which no image with weight has an object.
+        """
         given = np.ones(len(self.image_ids)) if weights is None else np.asarray(weights, np.float64)
         if given.shape != (len(self.image_ids),):
             raise ValueError(f"weights are {given.shape}; expected ({len(self.image_ids)},)")
-        per_class = [
-            _mean_precisions(matches, given, self._recalls)
-            for matches in self._classes
-            if given[matches.objects].any()
-        ]
-        if not per_class:
-            return AveragePrecision(float("nan"), float("nan"))
-        precisions = np.array(per_class)
-        return AveragePrecision(float(precisions.mean()), float(precisions[:, 0].mean()))
+        none = [float("nan")] * _NUM_IOUS
+        return np.array(
+            [
+                _mean_precisions(matches, given, self._recalls)
+                if given[matches.objects].any()
+                else none
+                for matches in self._classes
+            ]
+        ).reshape(-1, _NUM_IOUS)
 
 
 def _class_matches(
@@ -175,12 +195,14 @@ class SampledAP:
         per_seed: (n,) AP of every training seed on the images as they are.
         resampled: (resamples, n) AP on the images of every draw; NaN without an object.
         draws: how many draws, and the random seed they come from.
+        of_classes: the same of single classes, by category id.
     """
 
     image_ids: tuple[int, ...]
     per_seed: Floats
     resampled: Floats
     draws: tuple[int, int]
+    of_classes: Mapping[int, "SampledAP"] = field(default_factory=dict)
 
 
 def sample_ap(
@@ -210,14 +232,30 @@ def sample_ap(
         raise ValueError("the seeds were evaluated on different images; evaluate them on the same")
     num_images = len(runs[0].image_ids)
     rng = np.random.default_rng(seed)
+    ious = slice(None) if metric == "ap" else slice(1)
 
-    def points(weights: Floats | None) -> list[float]:
-        return [100 * getattr(matches.ap(weights), metric) for matches in runs]
+    def points(weights: Floats | None) -> Floats:
+        """Return AP of all classes together, and of each; (n, 1 + classes)."""
+        found = [matches.precisions(weights)[:, ious] for matches in runs]
+        together = [_mean(one[~np.isnan(one[:, 0])]) for one in found]
+        single = np.array([one.mean(axis=1) for one in found])
+        return 100 * np.concatenate([np.array(together)[:, None], single], axis=1)
 
-    resampled = np.empty((resamples, len(runs)))
+    given = points(None)
+    resampled = np.empty((resamples, *given.shape))
     for i in range(resamples):
         images = rng.integers(num_images, size=num_images)
         resampled[i] = points(np.bincount(images, minlength=num_images).astype(np.float64))
         if progress is not None:
             progress(i + 1, resamples)
-    return SampledAP(runs[0].image_ids, np.array(points(None)), resampled, (resamples, seed))
+
+    def column(place: int) -> SampledAP:
+        per_seed, drawn = given[:, place], resampled[:, :, place]
+        return SampledAP(runs[0].image_ids, per_seed, drawn, (resamples, seed))
+
+    by_class = {category: column(1 + k) for k, category in enumerate(runs[0].category_ids)}
+    return replace(column(0), of_classes=by_class)
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean()) if values.size else float("nan")

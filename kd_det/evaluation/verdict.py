@@ -57,12 +57,13 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def judge(differences: Sequence[Difference]) -> list[dict[str, Any]]:
+def judge(differences: Sequence[Difference], *, practical: float = 0.3) -> list[dict[str, Any]]:
     """
     Judge all comparisons of one report, as they stand in its file.
 
     Args:
         differences: every comparison that the report makes, each once.
+        practical: as for `verdict`.
 
     Returns:
         For each the fields of `Difference`, "method", "holm" (p adjusted for the number of
@@ -70,6 +71,6 @@ def judge(differences: Sequence[Difference]) -> list[dict[str, Any]]:
     """
     adjusted = holm([difference.p for difference in differences])
     return [
-        {**asdict(d), "method": d.method, "holm": p, "verdict": verdict(d)}
+        {**asdict(d), "method": d.method, "holm": p, "verdict": verdict(d, practical=practical)}
         for d, p in zip(differences, adjusted, strict=True)
     ]

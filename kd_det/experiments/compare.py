@@ -14,6 +14,7 @@ import torch
 from kd_det.experiments.figure import draw_report
 from kd_det.experiments.finished import read_result
 from kd_det.experiments.ground_truth import GroundTruth, check_test_set, load_ground_truth
+from kd_det.experiments.page.build import html_page
 from kd_det.experiments.pages import markdown
 from kd_det.experiments.plan import Plan, Run, make_plan
 from kd_det.experiments.progress import Display
@@ -33,6 +34,8 @@ class Comparison:
     out: Path
     # Students at a time; None: one with a GPU, else one per core.
     jobs: int | None = None
+    # AP points; a difference below it does not matter.
+    practical: float = 0.3
 
     @classmethod
     def prepare(
@@ -43,6 +46,7 @@ class Comparison:
         seeds: Sequence[int] | None = None,
         arms: Sequence[str] | None = None,
         jobs: int | None = None,
+        practical: float = 0.3,
     ) -> "Comparison":
         """
         Read and check everything that can be checked before the first run.
@@ -53,6 +57,7 @@ class Comparison:
             seeds: instead of the recipe's.
             arms: only these, the baseline, and the arms these start from.
             jobs: students at a time; None: one with a GPU, else one per core.
+            practical: AP points; a difference below it does not matter.
 
         Raises:
             RecipeError: the recipe, or what is asked of it, cannot be carried out; or the folder
@@ -66,16 +71,23 @@ class Comparison:
             recipe = recipe.select(arms)
         if jobs is not None and jobs < 1:
             raise RecipeError(f"--jobs must be at least 1, found {jobs}.")
+        if not practical > 0:
+            raise RecipeError(f"--practical must be AP points above 0, found {practical}.")
         plan = make_plan(recipe, out)
         check_test_set(plan.baseline_cfg)
-        comparison = cls(recipe, plan, out, jobs)
+        comparison = cls(recipe, plan, out, jobs, practical)
         comparison.check_report()
         return comparison
 
     @property
-    def pages(self) -> tuple[Path, Path, Path]:
-        """The files of the report: text, numbers, figure."""
-        return self.out / "report.md", self.out / "report.json", self.out / "report.png"
+    def pages(self) -> tuple[Path, Path, Path, Path]:
+        """The files of the report: text, numbers, figure, and all of it to look at."""
+        return (
+            self.out / "report.md",
+            self.out / "report.json",
+            self.out / "report.png",
+            self.out / "report.html",
+        )
 
     def check_report(self) -> None:
         """
@@ -140,14 +152,16 @@ class Comparison:
         }
         truth = load_ground_truth(self.plan.baseline_cfg)
         print("Comparing the detections, with intervals ...", file=sys.stderr, flush=True)
-        report = build_report(self.recipe, self.plan, outcomes, truth, command)
+        report = build_report(
+            self.recipe, self.plan, outcomes, truth, command, practical=self.practical
+        )
         self._write_pages(report, outcomes, truth)
         return report
 
     def _write_pages(
         self, report: dict[str, Any], outcomes: Mapping[Run, Outcome], truth: GroundTruth
     ) -> None:
-        page, numbers, figure = self.pages
+        page, numbers, figure, everything = self.pages
         write_json(numbers, report)
         write_text(page, markdown(report))
         seed = self.recipe.seeds[0]
@@ -156,6 +170,7 @@ class Comparison:
             for arm in report["arms"]
         }
         write_whole(figure, lambda file: draw_report(report, truth, first, file))
+        write_text(everything, html_page(report, self.plan, outcomes, truth))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -49,15 +50,17 @@ def draw_report(
     shares_inches = 2.0 if has_shares(arms) else 0.0
     images_inches = 2.05
     heights = [h for h in (chart_inches, shares_inches, images_inches) if h]
-    figure = Figure(figsize=(10, sum(heights)), dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
-    rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    chart, strip = rows[0], rows[-1]
-    if shares_inches:
-        draw_shares(rows[1].add_axes((0.235, 0.24, 0.55, 0.6)), arms, arm_colours(report))
-    _draw_chart(chart.add_axes((0.235, 0.55 / chart_inches, 0.55, 1 - 0.85 / chart_inches)), report)
-    _draw_images(strip, report, truth, detections)
-    figure.savefig(file, format="png")
+    with rc_context({"text.parse_math": False}):  # a label may hold dollars
+        figure = Figure(figsize=(10, sum(heights)), dpi=150, facecolor="white")
+        FigureCanvasAgg(figure)
+        rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        chart, strip = rows[0], rows[-1]
+        axes = chart.add_axes((0.235, 0.55 / chart_inches, 0.55, 1 - 0.85 / chart_inches))
+        _draw_chart(axes, report)
+        if shares_inches:
+            draw_shares(rows[1].add_axes((0.235, 0.24, 0.55, 0.6)), arms, arm_colours(report))
+        _draw_images(strip, report, truth, detections)
+        figure.savefig(file, format="png")
 
 
 def _draw_chart(axes: Axes, report: Mapping[str, Any]) -> None:

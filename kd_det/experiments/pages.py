@@ -5,22 +5,24 @@ from typing import Any
 
 from tabulate import tabulate
 
-from kd_det.experiments.pulls import rows
+from kd_det.experiments.pulls import rows as pull_rows
 from kd_det.experiments.report import METRICS
 
-_HEADERS = ("", *METRICS, "ΔAP [95 % interval]", "gap closed", "memory")
+HEADERS = ("", *METRICS, "ΔAP [95 % interval]", "gap closed", "memory")
+SHARES = ("", "distiller", "gradient share", "cosine", "weight")
 
 
 def table(report: Mapping[str, Any], style: str) -> str:
     """Return the report as a table in one of tabulate's styles."""
     others = [{**t, "label": f"teacher {t['name']}"} for t in report["other_teachers"]]
     teachers = [{**report["teacher"], "label": "teacher"}, *others]
-    rows = [_row(entry) for entry in (*teachers, *report["arms"])]
-    align = ("left", *("right" for _ in _HEADERS[1:]))
-    return tabulate(rows, _HEADERS, tablefmt=style, colalign=align, disable_numparse=True)
+    lines = [row(entry) for entry in (*teachers, *report["arms"])]
+    align = ("left", *("right" for _ in HEADERS[1:]))
+    return tabulate(lines, HEADERS, tablefmt=style, colalign=align, disable_numparse=True)
 
 
-def _row(entry: Mapping[str, Any]) -> list[str]:
+def row(entry: Mapping[str, Any]) -> list[str]:
+    """Return the cells of an arm or a teacher with a label, in the order of `HEADERS`."""
     mean, std = entry["mean"], entry["std"]
     gap = entry.get("gap_closed")
     memory = entry["peak_memory_mb"]
@@ -56,14 +58,14 @@ def comparison_lines(report: Mapping[str, Any]) -> list[str]:
     return [
         *(
             f"{labels[item['arm']]} minus {labels[item['against']]}: "
-            f"{interval(item['delta'])} AP, {_finding(item['delta'], len(items))}"
+            f"{interval(item['delta'])} AP, {finding(item['delta'], len(items))}"
             for item in items
         ),
         *_power_lines(report["power"]),
     ]
 
 
-def _finding(delta: Mapping[str, Any], comparisons: int) -> str:
+def finding(delta: Mapping[str, Any], comparisons: int) -> str:
     """Return the verdict, and whether it holds among all comparisons of the report."""
     verdict: str = delta["verdict"]
     if comparisons == 1 or verdict not in ("gain", "loss"):
@@ -99,9 +101,8 @@ def _about_intervals(seeds: int) -> str:
 
 def pull_table(report: Mapping[str, Any], style: str) -> str:
     """Return how hard each arm's distillers pulled; empty where nothing was logged."""
-    found = rows(report["arms"])
-    headers = ("", "distiller", "gradient share", "cosine", "weight")
-    return tabulate(found, headers, tablefmt=style, disable_numparse=True) if found else ""
+    found = pull_rows(report["arms"])
+    return tabulate(found, SHARES, tablefmt=style, disable_numparse=True) if found else ""
 
 
 def _pull_lines(report: Mapping[str, Any]) -> list[str]:

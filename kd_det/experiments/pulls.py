@@ -1,16 +1,14 @@
 """How hard each distiller of an arm pulled on its students, from what their runs logged."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from kd_det.experiments.training_curves import Curve, read_records
+
 # What is logged of each distiller, as kd/<distiller>/<quantity>.
 QUANTITIES = {"share": "grad_share", "cosine": "cosine", "weight": "weight"}
-
-# Per iteration, the value.
-Curve = dict[int, float]
 
 
 def read_curves(folder: Path) -> dict[str, dict[str, Curve]]:
@@ -24,18 +22,12 @@ def read_curves(folder: Path) -> dict[str, dict[str, Curve]]:
         Per distiller (its name in loss keys) and quantity of `QUANTITIES`, the logged values.
     """
     curves: dict[str, dict[str, Curve]] = {}
-    path = folder / "metrics.json"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a run that was killed leaves half a line
+    for record in read_records(folder):
         for key, value in record.items():
             prefix, _, rest = key.partition("/")
             name, _, logged = rest.rpartition("/")
             quantity = next((q for q, word in QUANTITIES.items() if word == logged), None)
-            if prefix == "kd" and quantity and "iteration" in record:
+            if prefix == "kd" and quantity:
                 own = curves.setdefault(name, {}).setdefault(quantity, {})
                 own[int(record["iteration"])] = float(value)
     return curves

@@ -14,6 +14,7 @@ from kd_det.evaluation.bootstrap import CocoMatches, sample_ap
 from kd_det.evaluation.difference import compare_arms
 from kd_det.evaluation.power import power_summary
 from kd_det.evaluation.verdict import judge
+from kd_det.experiments.breakdown import add_breakdown
 from kd_det.experiments.environment import describe_environment, without_user_path
 from kd_det.experiments.finished import detections_file
 from kd_det.experiments.ground_truth import GroundTruth
@@ -39,7 +40,13 @@ class Outcome:
 
 
 def build_report(
-    recipe: Recipe, plan: Plan, outcomes: Mapping[Run, Outcome], truth: GroundTruth, command: str
+    recipe: Recipe,
+    plan: Plan,
+    outcomes: Mapping[Run, Outcome],
+    truth: GroundTruth,
+    command: str,
+    *,
+    practical: float = 0.3,
 ) -> dict[str, Any]:
     """
     Bring the results of all runs together.
@@ -50,12 +57,14 @@ def build_report(
         outcomes: what each of them gave.
         truth: the test set.
         command: the command line, for whoever wants to repeat it.
+        practical: AP points; a difference below it does not matter.
 
     Returns:
         The content of report.json. All AP are from 0 to 100. `delta` is the paired difference to
         the baseline over the same test images and seeds, as `kd_det.evaluation.verdict.judge`
         gives it; `gap_closed` is its mean over the distance between the teacher and the baseline;
         `pull` is how hard each distiller pulled, see `kd_det.experiments.pulls`;
+        `classes` and `sizes` are where the difference lies, see `kd_det.experiments.breakdown`;
         `power` says how many seeds these comparisons need.
     """
     runs = {
@@ -70,7 +79,7 @@ def build_report(
     others = [arm.name for arm in recipe.arms if arm.name != recipe.baseline]
     pairs = [*((name, recipe.baseline) for name in others), *recipe.comparisons]
     differences = [compare_arms(sampled[b], sampled[a]) for a, b in pairs]
-    judged = judge(differences)
+    judged = judge(differences, practical=practical)
     deltas = dict(zip(others, judged, strict=False))
     arms = [
         {
@@ -81,6 +90,7 @@ def build_report(
         }
         for arm in recipe.arms
     ]
+    add_breakdown(arms, sampled, recipe.baseline, truth.category_names)
     teachers = [{"name": r.name, "seed": r.seed, **_numbers([outcomes[r]])} for r in plan.teachers]
     _relate(arms, teachers[0], recipe.baseline)
     return {
@@ -88,6 +98,7 @@ def build_report(
         "command": command,
         "test_set": {"name": truth.name, "images": len(truth.coco["images"])},
         "baseline": recipe.baseline,
+        "practical": practical,
         "arms": arms,
         "comparisons": [
             {"arm": a, "against": b, "delta": delta}

@@ -23,7 +23,15 @@ print(sorted(heavy), usage.ru_utime + usage.ru_stime, file=sys.stderr)
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--help"], ["compare", "--help"], ["bench", "--help"], ["show", "pgd", "--help"]]
+    "words",
+    [
+        [],
+        ["--help"],
+        ["distill", "--help"],
+        ["compare", "--help"],
+        ["bench", "--help"],
+        ["show", "pgd", "--help"],
+    ],
 )
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     done = subprocess.run(
@@ -38,7 +46,7 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 def test_help_says_what_each_command_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     shown = " ".join(capsys.readouterr().out.split())
-    assert set(COMMANDS) == {"compare", "show", "bench", "zoo"}
+    assert set(COMMANDS) == {"distill", "compare", "show", "bench", "zoo"}
     assert "compare Train what a recipe names, and report what each arm gains" in shown
     assert "bench Measure speed and memory side by side with other implementations" in shown
 

@@ -19,9 +19,9 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if "total_loss" in row]
 
 
-# Of each detector, losses that fall, and what is left of them of the first steps'. AutoAssign's is a
-# mean over all positions in a box. GFL's class score is trained towards the IoU of its own boxes,
-# about zero at first: while they improve, it rises (from 0.26 to 0.39), and the sum hardly falls.
+# Of each detector, losses that fall, and what is left of them. AutoAssign's is a mean over all
+# positions in a box. GFL's class score is trained towards the IoU of its own boxes, about zero at
+# first: while they improve, it rises (from 0.26 to 0.39), and the sum hardly falls.
 DETECTORS = {
     "student": (["total_loss"], 0.8),
     "atss": (["total_loss"], 0.8),

@@ -190,3 +190,24 @@ class TestSampledAP:
             sample_ap([])
         with pytest.raises(ValueError, match="different images"):
             sample_ap([self.good[0], elsewhere])
+
+
+def test_single_classes_are_sampled_beside_their_mean() -> None:
+    rng = np.random.default_rng(8)
+    truth = random_truth(rng, images=10, classes=3)
+    results = random_results(rng, truth)
+    truth["categories"].append({"id": 99, "name": "nowhere"})
+    found = sample_ap([CocoMatches.from_coco(as_coco(truth), results)], resamples=5)
+    assert list(found.of_classes) == [1, 3, 5, 99]
+    assert np.isnan(found.of_classes[99].per_seed).all()
+    single = [found.of_classes[k] for k in (1, 3, 5)]
+    assert np.mean([one.per_seed[0] for one in single]) == pytest.approx(found.per_seed[0])
+    drawn = np.nanmean([one.resampled for one in single], axis=0)
+    assert drawn == pytest.approx(found.resampled)
+    for category, one in zip((1, 3, 5), single, strict=True):
+        alone = {**truth, "categories": [c for c in truth["categories"] if c["id"] == category]}
+        alone["annotations"] = [a for a in truth["annotations"] if a["category_id"] == category]
+        own = [r for r in results if r["category_id"] == category]
+        assert 100 * reference_ap(alone, own)[0] == pytest.approx(one.per_seed[0])
+    loss = compare_arms(found.of_classes[1], found.of_classes[1])
+    assert (loss.mean, loss.low, loss.high) == (0, 0, 0)

@@ -60,6 +60,9 @@ result = {"metrics": {"bbox": metrics}, "sec_per_step": plan.get("sec_per_step",
           "peak_memory_mb": 100.0, "iterations": 4, "config_file": config,
           "seed": int(opts["SEED"])}
 (out / "result.json").write_text(json.dumps(result))
+losses = {"total_loss": 3.0, "loss_cls": 2.0, "loss_kd_feature_lp": 1.0}
+lines = [json.dumps({"iteration": i, **losses}) for i in (0, 2, 3)]
+(out / "metrics.json").write_text("\\n".join(lines))
 call("end")
 """
 
@@ -151,5 +154,14 @@ def lab(tmp_path, request, monkeypatch):
     monkeypatch.setenv("KD_DET_CACHE", str(tmp_path / "cache"))  # digests of these files
     data = f"cli_{request.node.name}"
     yield Lab(tmp_path, data)
+    DatasetCatalog.remove(data)
+    MetadataCatalog.remove(data)
+
+
+@pytest.fixture(scope="module")
+def shared_lab(tmp_path_factory, request):
+    """One for all tests of a file."""
+    data = f"cli_{request.module.__name__}"
+    yield Lab(tmp_path_factory.mktemp("lab"), data)
     DatasetCatalog.remove(data)
     MetadataCatalog.remove(data)

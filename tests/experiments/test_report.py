@@ -23,6 +23,7 @@ def compare_lab(lab, *extra, recipe=None, out=None):
         patch.setattr(runs, "RUNNER", lab.runner)
         # The stand-in engine takes configs that are none of a detector.
         patch.setattr(compare, "rehearse_runs", lambda *_: None)
+        patch.setattr(compare, "html_page", lambda *_: "")  # test_page.py looks at it
         return main(["compare", *words])
 
 
@@ -57,6 +58,16 @@ def test_report_holds_what_can_be_worked_out_by_hand(lab, capsys):
     assert pair["delta"]["mean"] == pytest.approx(-65.0)
     assert pair["delta"]["verdict"] == "loss"
     assert report["power"]["seeds"] == 3 and report["power"]["seed_sd"] == pytest.approx(0)
+    assert report["practical"] == 0.3
+    assert [(c["name"], c["baseline"], c["AP"]) for c in l2["classes"]] == [
+        ("disc", pytest.approx(40), pytest.approx(100)),
+        ("ring", pytest.approx(30), pytest.approx(100)),
+    ]
+    assert [c["mean"] for c in l2["classes"]] == pytest.approx([60, 70])  # the worst first
+    assert [(s["name"], s["mean"], s["low"], s["high"]) for s in l2["sizes"]] == [
+        ("medium", pytest.approx(65), 64, 66),
+        ("large", pytest.approx(65), 64, 66),
+    ]
     assert report["teacher"]["AP"] == [165.0] and report["other_teachers"] == []
     assert report["environment"]["kd_det"] and report["environment"]["cores"] >= 1
 
@@ -101,6 +112,8 @@ def test_exit_codes_and_messages(lab, capsys, tmp_path):
     assert compare_lab(lab, "--arms", "l3") == 2
     assert "no arm is called l3" in capsys.readouterr().err
     assert compare_lab(lab, "--seeds", "-1") == 2
+    assert compare_lab(lab, "--practical", "0") == 2
+    assert "--practical must be AP points above 0, found 0.0" in capsys.readouterr().err
     lab.write("student.yaml", "SOLVER: {MAXITER: 3}\n")
     assert compare_lab(lab) == 2
     assert "SOLVER.MAX_ITER" in capsys.readouterr().err
@@ -137,7 +150,8 @@ def test_another_recipe_does_not_replace_the_report(lab, capsys):
     assert compare_lab(lab, recipe=other) == 2
     message = capsys.readouterr().err
     assert f"{lab.out} holds the report of recipe tiny on cli_test_another_recipe" in message
-    assert "choose another --out, or move report.md, report.json, report.png away" in message
+    files = "report.md, report.json, report.png, report.html"
+    assert f"choose another --out, or move {files} away" in message
     assert lab.calls() == [] and (lab.out / "report.json").read_bytes() == first
     # The same recipe goes on where it was.
     assert compare_lab(lab, "--arms", "l2", "--seeds", "0") == 0
