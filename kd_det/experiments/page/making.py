@@ -8,8 +8,9 @@ import yaml
 
 from kd_det import zoo
 from kd_det.config import changed_settings, load_config
+from kd_det.experiments.digests import digest_of
 from kd_det.experiments.environment import without_user_path
-from kd_det.experiments.identity import data_identity, file_identity
+from kd_det.experiments.identity import data_identity
 from kd_det.experiments.page.charts import training_chart
 from kd_det.experiments.page.markup import Html, paragraph, section, table, tag
 from kd_det.experiments.page.subject import Subject
@@ -86,8 +87,8 @@ def costs(subject: Subject) -> Html:
         "Seconds and memory",
         table(("", "steps", "s/step", "peak MB"), rows),
         paragraph(
-            "Median wall time of a training step, which says little of arms beside each other: other "
-            "runs shared the machine, and kd-det bench compares speeds. Peak memory of the "
+            "Median wall time of a training step, which says little of arms beside each other: "
+            "other runs shared the machine, and kd-det bench compares speeds. Peak memory of the "
             "training process.",
             class_="soft",
         ),
@@ -107,7 +108,7 @@ def provenance(subject: Subject) -> Html:
         (label, str(run.seed), tag("code", run.folder.name), tag("code", _checkpoint(run)))
         for run, label in runs
     ]
-    data = {f"{subject.truth.name} (annotations)": file_identity(str(subject.truth.json_file))}
+    data = {f"{subject.truth.name} (annotations)": digest_of(str(subject.truth.json_file))}
     data |= data_identity(subject.plan.baseline_cfg)
     return section(
         "provenance",
@@ -137,11 +138,11 @@ def _known(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _checkpoint(run: Run) -> str:
     """Return the digest of what a run trained, or of the weights that were evaluated."""
     if run.checkpoint.is_file():
-        return file_identity(str(run.checkpoint))[:_DIGITS]
+        return digest_of(str(run.checkpoint))[:_DIGITS]
     weights = dict(zip(run.opts[::2], run.opts[1::2], strict=True)).get("MODEL.WEIGHTS", "")
     if weights.startswith(zoo.PREFIX):
         return zoo.find(weights).sha256[:_DIGITS]
-    return file_identity(weights)[:_DIGITS] if Path(weights).is_file() else "-"
+    return digest_of(weights)[:_DIGITS] if Path(weights).is_file() else "-"
 
 
 def _settings(run: Run, label: str) -> Html:
