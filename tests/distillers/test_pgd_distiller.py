@@ -58,6 +58,7 @@ class TestPGD(DistillerContract):
         "MASK_PADDING": False,
         "MASK_IGNORED": True,
         "MASK_SCOPE": "batch",
+        "ASSIGN_FROM_TEACHER": True,
     }
 
 
