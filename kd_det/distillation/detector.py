@@ -28,6 +28,7 @@ from kd_det.distillation.schedule import Schedule
 from kd_det.distillation.teacher import Teacher, build_teacher
 from kd_det.distillation.views import View
 from kd_det.distillers import Distiller, Step, build_distiller, node_name
+from kd_det.modeling.registering import register_in
 from kd_det.text import nearest
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Observation:
     steps: dict[str, Step]
 
 
-@META_ARCH_REGISTRY.register()
+@register_in(META_ARCH_REGISTRY)
 class DistillationDetector(nn.Module):
     """
     A student that learns from its ground truth and from a frozen teacher.
@@ -189,7 +190,10 @@ class DistillationDetector(nn.Module):
             outputs = self.student(self.view(batched_inputs))
             return self.view.restore(outputs, batched_inputs)
         iteration = get_event_storage().iter
-        awake = [name for name, active in self.active.items() if active.is_awake(iteration)]
+        awake: list[str] = []
+        # Without gradients a pass in training mode is for the student's statistics (PreciseBN).
+        if torch.is_grad_enabled():
+            awake = [name for name, active in self.active.items() if active.is_awake(iteration)]
         if not awake:
             return {**self.student(self.view(batched_inputs)), **self._idle(self.active)}
         return self._distil(batched_inputs, awake)

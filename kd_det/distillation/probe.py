@@ -49,13 +49,28 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, capture: FeatureCapture, view_factor: float) -> Probe:
+def probe(model: nn.Module, capture: FeatureCapture, view_factor: float, *, role: str) -> Probe:
     """
     Run the whole model on a blank image in evaluation mode; buffers and modes stay.
 
+    Args:
+        model: student or teacher.
+        capture: what to keep.
+        view_factor: pixels of the loaded image per pixel of the model's input.
+        role: "student" or "teacher", for messages.
+
     Raises:
+        ValueError: the model cannot run on an image alone.
         RuntimeError: a module that is to be captured does not run.
     """
+    # Detectron2 builds None for PrecomputedProposals.
+    if getattr(model, "proposal_generator", model) is None:
+        raise ValueError(
+            f"The {role} ({type(model).__name__}) takes precomputed proposals with every image "
+            "(MODEL.PROPOSAL_GENERATOR.NAME 'PrecomputedProposals'), which teacher and student "
+            "cannot share; take a model that makes its own: MODEL.PROPOSAL_GENERATOR.NAME 'RPN' "
+            "and MODEL.LOAD_PROPOSALS False."
+        )
     device = next(model.parameters()).device
     channels = next((len(b) for n, b in model.named_buffers() if n.endswith("pixel_mean")), 3)
     image = torch.zeros(channels, _SIDE, _SIDE, device=device)

@@ -216,6 +216,6 @@ class TestBuildEvaluator:
 
     def test_an_unknown_type_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"evaluator_type 'lvis'; .* \['coco', 'crowdhuman'\]"):
-            MetadataCatalog.get("unknown_type").evaluator_type = "lvis"
+            MetadataCatalog.get("unknown_type").evaluator_type = "no_such_type"
             build_evaluator(self.config(), "unknown_type", str(tmp_path))
         MetadataCatalog.remove("unknown_type")
