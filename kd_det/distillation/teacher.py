@@ -22,6 +22,7 @@ from torch import nn
 from kd_det.config import is_distillation, load_config, student_cfg
 from kd_det.distillation.capture import Captures, FeatureCapture
 from kd_det.distillation.classes import check_same_classes
+from kd_det.distillation.ready_made import build_ready_made, digest_of, is_ready_made
 from kd_det.distillation.views import View
 from kd_det.files import sha256_of
 from kd_det.reading import load_checkpoint
@@ -152,6 +153,8 @@ def build_teacher(cfg: CfgNode, *, same_classes_as: nn.Module | None = None) -> 
         ValueError: the weights are another model's, or the classes differ.
     """
     own_cfg = teacher_config(cfg)
+    if is_ready_made(own_cfg):
+        return _ready_made(cfg, own_cfg)
     weights = teacher_weights(cfg, own_cfg)
     if not weights or ("://" not in weights and not os.path.isfile(weights)):
         raise FileNotFoundError(
@@ -177,6 +180,19 @@ def build_teacher(cfg: CfgNode, *, same_classes_as: nn.Module | None = None) -> 
         flip_channels=flip,
         precision=cfg.KD.TEACHER.PRECISION,
         identity=TeacherIdentity(cfg.KD.TEACHER.CONFIG_FILE, weights, sha256_of(path)),
+    )
+
+
+def _ready_made(cfg: CfgNode, own_cfg: CfgNode) -> Teacher:
+    """Build the teacher that needs no training; its tensors are its identity."""
+    flip = other_channel_order(cfg.INPUT.FORMAT, own_cfg.INPUT.FORMAT)
+    model = build_ready_made(student_cfg(own_cfg), cfg.KD.TEACHER.WEIGHTS)
+    config_file, weights = cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS
+    return Teacher(
+        model,
+        flip_channels=flip,
+        precision=cfg.KD.TEACHER.PRECISION,
+        identity=TeacherIdentity(config_file, weights, digest_of(model)),
     )
 
 

@@ -22,6 +22,7 @@ from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import is_distillation
 from kd_det.data import register_from_config
 from kd_det.data.dataset_checks import check_datasets
+from kd_det.distillation.ready_made import is_ready_made
 from kd_det.distillation.teacher import teacher_config, teacher_weights
 from kd_det.engine.trainer import DistillationTrainer
 
@@ -57,6 +58,8 @@ def absent_teacher(cfg: CfgNode) -> CfgNode | None:
     if not wanted or cfg.KD.TEACHER.WEIGHTS != "auto":
         return None
     own_cfg = teacher_config(cfg)
+    if is_ready_made(own_cfg):
+        return None
     return None if os.path.isfile(teacher_weights(cfg, own_cfg)) else own_cfg
 
 
