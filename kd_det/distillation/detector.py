@@ -5,7 +5,6 @@ In training it returns the student's own losses and `loss_kd_*`; in evaluation i
 With no distillers it is the student in training too: same losses, bit for bit.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from kd_det.distillation.gradient_share import ShareWatch
 from kd_det.distillation.inherit import inherit
 from kd_det.distillation.schedule import Schedule
 from kd_det.distillation.teacher import Teacher, build_teacher
+from kd_det.distillation.unchanged import unchanged_rng
 from kd_det.distillation.views import View
 from kd_det.distillers import Distiller, Step, build_distiller, node_name
 from kd_det.modeling.registering import register_in
@@ -284,13 +284,3 @@ def _compare_views(view: View, teacher: nn.Module) -> None:
             factor,
             interpolation,
         )
-
-
-def unchanged_rng() -> contextlib.AbstractContextManager[None]:
-    """
-    Leave the random state as it was, so that arms with and without a teacher train on the same
-    data.
-
-    Models draw their first weights on the CPU; other devices' generators are not touched.
-    """
-    return torch.random.fork_rng(devices=[])

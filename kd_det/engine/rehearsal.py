@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import is_distillation
+from kd_det.config.lazy import is_lazy
 from kd_det.data import register_from_config
 from kd_det.data.dataset_checks import check_datasets
 from kd_det.distillation.ready_made import is_ready_made
@@ -55,7 +56,7 @@ def prepare(cfg: CfgNode) -> None:
 def absent_teacher(cfg: CfgNode) -> CfgNode | None:
     """Return the config of a teacher that is to be trained first; None where none is."""
     wanted = is_distillation(cfg) and (cfg.KD.DISTILLERS or cfg.KD.INHERIT)
-    if not wanted or cfg.KD.TEACHER.WEIGHTS != "auto":
+    if not wanted or cfg.KD.TEACHER.WEIGHTS != "auto" or is_lazy(cfg.KD.TEACHER.CONFIG_FILE):
         return None
     own_cfg = teacher_config(cfg)
     if is_ready_made(own_cfg):
