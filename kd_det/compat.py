@@ -24,6 +24,12 @@ _WITHOUT_C = (
 )
 
 
+# Names that numpy removed. In 1.24 (bool is back since 2.0): Detectron2 0.6 has them in its masks,
+# in its evaluators of Pascal VOC and semantic segmentation and in its reader of Pascal VOC, lvis
+# 0.5 in its evaluator. In 2.4: cityscapesscripts 2.3 has in1d, and gives the result a shape itself.
+_NUMPY_NAMES = {"bool": np.bool_, "int": int, "float": float, "str": str, "in1d": np.isin}
+
+
 class _MissingExtension(types.ModuleType):
     """Stands in for `detectron2._C`; a use of it raises an error that says what is missing."""
 
@@ -48,9 +54,9 @@ class _MissingExtension(types.ModuleType):
 
 def has_compiled_extension() -> bool:
     """Return whether Detectron2's C++ extension is really there."""
-    return not isinstance(sys.modules.get("detectron2._C"), _MissingExtension) and (
-        importlib.util.find_spec("detectron2._C") is not None
-    )
+    if "detectron2._C" in sys.modules:
+        return not isinstance(sys.modules["detectron2._C"], _MissingExtension)
+    return importlib.util.find_spec("detectron2._C") is not None
 
 
 def install() -> None:
@@ -66,9 +72,6 @@ def install() -> None:
             "(see its INSTALL.md), or run `uv sync` in kd_det's folder, which adds the Python "
             "files of Detectron2 0.6 from the package index."
         )
-    if "detectron2._C" not in sys.modules and importlib.util.find_spec("detectron2._C") is None:
-        # detectron2.layers imports the extension unconditionally at v0.6.
-        sys.modules["detectron2._C"] = _MissingExtension("detectron2._C")
     # Detectron2 scripts a few functions at import; nothing a user of kd_det could change.
     warnings.filterwarnings("ignore", message=r"`torch\.jit", category=FutureWarning)
     warnings.filterwarnings("ignore", message=r"`torch\.jit", category=DeprecationWarning)
@@ -79,10 +82,26 @@ def install() -> None:
     if not hasattr(Image, "LINEAR"):
         # Removed in Pillow 10; detectron2.data.transforms reads it at import.
         Image.LINEAR = Image.Resampling.BILINEAR  # type: ignore[attr-defined]
-    if not hasattr(np, "bool"):
-        # Absent from numpy 1.24 to 1.26; detectron2.structures.masks calls it.
-        setattr(np, "bool", np.bool_)  # noqa: B010  plain assignment offends the type checker
+    for name, meaning in _NUMPY_NAMES.items():
+        if name not in vars(np):  # `hasattr` would warn
+            setattr(np, name, meaning)
+    _stand_in_for_extension()
     _settle_focal_loss()
+
+
+def _stand_in_for_extension() -> None:
+    """
+    Stand in for the C++ extension where Detectron2 cannot be imported without it.
+
+    `detectron2.layers` imports it unconditionally at v0.6. Later versions have a way around it,
+    which a stand-in would block.
+    """
+    if "detectron2._C" in sys.modules or importlib.util.find_spec("detectron2._C") is not None:
+        return
+    try:
+        importlib.import_module("detectron2.layers")
+    except ImportError:
+        sys.modules["detectron2._C"] = _MissingExtension("detectron2._C")
 
 
 def _settle_focal_loss() -> None:

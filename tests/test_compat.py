@@ -89,12 +89,56 @@ def test_the_pil_alias_is_made_where_it_is_missing(monkeypatch: pytest.MonkeyPat
     assert Image.LINEAR == "the installed one's"
 
 
-def test_numpys_bool_is_made_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", compat._NUMPY_NAMES)
+def test_numpys_old_names_are_made_where_they_are_missing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if np.lib.NumpyVersion(np.__version__) < "1.24.0":
-        pytest.skip("an alias that warns")
-    monkeypatch.delattr(np, "bool", raising=False)
+        pytest.skip("aliases that warn")
+    monkeypatch.delattr(np, name, raising=False)
     compat.install()
-    assert np.bool is np.bool_
+    assert vars(np)[name] is compat._NUMPY_NAMES[name]
+    monkeypatch.setattr(np, name, "the installed one's")
+    compat.install()
+    assert vars(np)[name] == "the installed one's"
+
+
+def test_the_stub_is_made_only_where_detectron2_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later versions do without the extension, and know themselves what then is missing."""
+    monkeypatch.delitem(sys.modules, "detectron2._C", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib, "import_module", lambda name: None)
+    compat._stand_in_for_extension()
+    assert "detectron2._C" not in sys.modules
+
+    def fails(name: str) -> None:
+        raise ImportError("cannot import name '_C' from 'detectron2'")
+
+    monkeypatch.setattr(importlib, "import_module", fails)
+    compat._stand_in_for_extension()
+    assert isinstance(sys.modules["detectron2._C"], compat._MissingExtension)
+
+
+def test_a_host_may_have_taken_every_name() -> None:
+    script = """
+import sys, types
+sys.modules["detectron2._C"] = types.ModuleType("detectron2._C")  # only so that the host starts
+from PIL import Image
+Image.LINEAR = Image.Resampling.BILINEAR
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+ours = ["ATSS", "FCOS", "GFL", "AlignedMultiScaleDetector", "DistillationDetector"]
+for name in ours:
+    host = type(name, (), {"__module__": "host"})
+    META_ARCH_REGISTRY._obj_map.setdefault(name, host)
+BACKBONE_REGISTRY.register(type("build_timm_backbone", (), {"__module__": "host"}))
+import kd_det
+from kd_det.config.keys import add_kd_config
+from detectron2.config import get_cfg
+add_kd_config(get_cfg())
+assert META_ARCH_REGISTRY.get("ATSS").__module__ == "host"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 class Arbitrary:

@@ -10,7 +10,7 @@ from torch import nn
 
 from kd_det.checkpoint.finite import refuse_non_finite
 from kd_det.checkpoint.state import KDState, student_of
-from kd_det.distillation.teacher import RecordingCheckpointer
+from kd_det.distillation.strict import RecordingCheckpointer
 from kd_det.files import write_text, write_whole
 from kd_det.reading import load_tensors
 

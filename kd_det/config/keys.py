@@ -79,7 +79,8 @@ def _add_roles(kd: CfgNode) -> None:
     # directory.
     kd.TEACHER.CONFIG_FILE = ""
     # Its checkpoint (path or URL). "auto": the final checkpoint in the OUTPUT_DIR of the teacher's
-    # config, which train_net.py trains first when it is absent.
+    # config, which train_net.py trains first when it is absent; of a teacher that is no detector
+    # (TimmFeatures), what its own config says.
     kd.TEACHER.WEIGHTS = "auto"
     # Overrides of the teacher's config: ["KEY", value, ...].
     kd.TEACHER.OPTS = []

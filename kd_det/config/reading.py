@@ -156,6 +156,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"Config file {path} does not exist (working directory {os.getcwd()})."
         )
+    if path.endswith(".py"):
+        raise ValueError(
+            f"{path} is a LazyConfig, and a yaml file is expected here. A run takes one as "
+            "--config-file or as KD.TEACHER.CONFIG_FILE (docs/lazyconfig.md); _BASE_ and kd-det "
+            "compare do not."
+        )
     try:
         with open(path, encoding="utf-8") as file:
             content = parse_yaml(file.read(), path)

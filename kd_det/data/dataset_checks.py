@@ -65,7 +65,8 @@ def _check(name: str, cfg: CfgNode) -> list[Size]:
         )
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")
-    if metadata.get("evaluator_type") != "coco" or not json_file:
+    # A panoptic set's instances stand in a COCO file of their own.
+    if metadata.get("evaluator_type") not in ("coco", "coco_panoptic_seg") or not json_file:
         return [
             (name, record["file_name"], record["width"], record["height"])
             for record in DatasetCatalog.get(name)

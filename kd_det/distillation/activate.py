@@ -78,8 +78,8 @@ def activate(
     everything = [item for items in wanted.values() for item in items]
     student_capture = FeatureCapture(student, [w.student for w in everything if w.student])
     teacher_capture = FeatureCapture(teacher.model, [w.teacher for w in everything if w.teacher])
-    own = probe(student, student_capture, view.factor)
-    other = probe(teacher.model, teacher_capture, teacher.view.factor)
+    own = probe(student, student_capture, view.factor, role="student")
+    other = probe(teacher.model, teacher_capture, teacher.view.factor, role="teacher")
 
     active: dict[str, ActiveDistiller] = {}
     rows: list[list[Any]] = []

@@ -21,12 +21,7 @@ def check_same_classes(
     Raises:
         ValueError: class counts, or names of the training data's classes, differ.
     """
-    counts = class_count(student), class_count(teacher)
-    if counts[0] != counts[1]:
-        raise ValueError(
-            f"The student predicts {counts[0]} classes, the teacher {counts[1]}, and a distiller "
-            "reads class scores; both must be trained on the same classes."
-        )
+    check_same_counts(student, teacher)
     names = class_names(student_cfg), class_names(teacher_cfg)
     if names[0] and names[1] and names[0] != names[1]:
         pairs = enumerate(itertools.zip_longest(*names, fillvalue="none"))
@@ -34,6 +29,21 @@ def check_same_classes(
         raise ValueError(
             "Student and teacher name their classes differently, and a distiller reads class "
             f"scores (index: student / teacher): {some(differing)}."
+        )
+
+
+def check_same_counts(student: nn.Module, teacher: nn.Module) -> None:
+    """
+    Compare how many classes two models predict.
+
+    Raises:
+        ValueError: they differ.
+    """
+    counts = class_count(student), class_count(teacher)
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"The student predicts {counts[0]} classes, the teacher {counts[1]}, and a distiller "
+            "reads class scores; both must be trained on the same classes."
         )
 
 

@@ -5,7 +5,6 @@ In training it returns the student's own losses and `loss_kd_*`; in evaluation i
 With no distillers it is the student in training too: same losses, bit for bit.
 """
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +26,10 @@ from kd_det.distillation.guiding import guided
 from kd_det.distillation.inherit import inherit
 from kd_det.distillation.schedule import Schedule
 from kd_det.distillation.teacher import Teacher, build_teacher
+from kd_det.distillation.unchanged import unchanged_rng
 from kd_det.distillation.views import View
 from kd_det.distillers import Distiller, Step, build_distiller, node_name
+from kd_det.modeling.registering import register_in
 from kd_det.text import nearest
 
 _logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Observation:
     steps: dict[str, Step]
 
 
-@META_ARCH_REGISTRY.register()
+@register_in(META_ARCH_REGISTRY)
 class DistillationDetector(nn.Module):
     """
     A student that learns from its ground truth and from a frozen teacher.
@@ -190,7 +191,10 @@ class DistillationDetector(nn.Module):
             outputs = self.student(self.view(batched_inputs))
             return self.view.restore(outputs, batched_inputs)
         iteration = get_event_storage().iter
-        awake = [name for name, active in self.active.items() if active.is_awake(iteration)]
+        awake: list[str] = []
+        # Without gradients a pass in training mode is for the student's statistics (PreciseBN).
+        if torch.is_grad_enabled():
+            awake = [name for name, active in self.active.items() if active.is_awake(iteration)]
         if not awake:
             return {**self.student(self.view(batched_inputs)), **self._idle(self.active)}
         return self._distil(batched_inputs, awake)
@@ -283,13 +287,3 @@ def _compare_views(view: View, teacher: nn.Module) -> None:
             factor,
             interpolation,
         )
-
-
-def unchanged_rng() -> contextlib.AbstractContextManager[None]:
-    """
-    Leave the random state as it was, so that arms with and without a teacher train on the same
-    data.
-
-    Models draw their first weights on the CPU; other devices' generators are not touched.
-    """
-    return torch.random.fork_rng(devices=[])

@@ -6,6 +6,7 @@ level's real stride and channels (so that pyramids are paired and adapters sized
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from kd_det.distillation.capture import CapturePath, Captures, FeatureCapture
 from kd_det.distillation.pairing import Level, levels_of, measure_levels
 from kd_det.distillers.predictions import DensePredictions, HeadOutputs
 
-# Side of the blank image: a multiple of every padding divisor in use, and small.
+# Least side of the blank image, small and a multiple of detectors' padding divisors. A model with
+# another one (a ViT of patches of 14 pixels) gets the next multiple, or its strides come out wrong.
 _SIDE = 256
 
 
@@ -29,17 +31,19 @@ class Probe:
         captures: what fired, in order.
         view_factor: pixels of the loaded image per pixel of the model's input.
         device: where the model lives.
+        side: of the image, in pixels.
     """
 
     captures: Captures
     view_factor: float
     device: torch.device
+    side: int
 
     def levels(self, path: CapturePath) -> list[Level]:
         """Return the levels of a captured pyramid, strides in the loaded image's pixels."""
         # Detectron2's inference goes on to work on a head's outputs in place.
         maps = levels_of(self.captures.get(path, changed=True), path)
-        return measure_levels(maps, _SIDE, self.view_factor)
+        return measure_levels(maps, self.side, self.view_factor)
 
     def predictions(
         self, path: CapturePath, decode: Callable[[HeadOutputs], DensePredictions]
@@ -49,20 +53,37 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, capture: FeatureCapture, view_factor: float) -> Probe:
+def probe(model: nn.Module, capture: FeatureCapture, view_factor: float, *, role: str) -> Probe:
     """
     Run the whole model on a blank image in evaluation mode; buffers and modes stay.
 
+    Args:
+        model: student or teacher.
+        capture: what to keep.
+        view_factor: pixels of the loaded image per pixel of the model's input.
+        role: "student" or "teacher", for messages.
+
     Raises:
+        ValueError: the model cannot run on an image alone.
         RuntimeError: a module that is to be captured does not run.
     """
+    # Detectron2 builds None for PrecomputedProposals.
+    if getattr(model, "proposal_generator", model) is None:
+        raise ValueError(
+            f"The {role} ({type(model).__name__}) takes precomputed proposals with every image "
+            "(MODEL.PROPOSAL_GENERATOR.NAME 'PrecomputedProposals'), which teacher and student "
+            "cannot share; take a model that makes its own: MODEL.PROPOSAL_GENERATOR.NAME 'RPN' "
+            "and MODEL.LOAD_PROPOSALS False."
+        )
     device = next(model.parameters()).device
     channels = next((len(b) for n, b in model.named_buffers() if n.endswith("pixel_mean")), 3)
-    image = torch.zeros(channels, _SIDE, _SIDE, device=device)
+    divisor = max(1, getattr(model, "size_divisibility", 1))
+    side = math.ceil(_SIDE / divisor) * divisor
+    image = torch.zeros(channels, side, side, device=device)
     with _evaluating(model), capture.record() as captures:
         model([{"image": image}])
     capture.count_needed(captures.order)
-    return Probe(captures, view_factor, device)
+    return Probe(captures, view_factor, device, side)
 
 
 @contextlib.contextmanager

@@ -5,32 +5,28 @@ It is a plain object and not a module, so its tensors reach no optimizer, no che
 bucket and no `.train()`.
 """
 
-import fnmatch
-import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.layers import CycleBatchNormList
 from detectron2.modeling import build_model
 from torch import nn
 
 from kd_det.config import is_distillation, load_config, student_cfg
+from kd_det.config.lazy import is_lazy, load_lazy
 from kd_det.distillation.capture import Captures, FeatureCapture
-from kd_det.distillation.classes import check_same_classes
+from kd_det.distillation.classes import check_same_classes, check_same_counts
+from kd_det.distillation.lazy import input_format, plain_model
+from kd_det.distillation.ready_made import build_ready_made, digest_of, is_ready_made
+from kd_det.distillation.strict import load_strictly
 from kd_det.distillation.views import View
 from kd_det.files import sha256_of
-from kd_det.reading import load_checkpoint
-from kd_det.text import some
 
-_logger = logging.getLogger(__name__)
 _PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Buffers that old checkpoints carry and models make themselves.
-_HARMLESS = ("pixel_mean", "pixel_std", "*anchor_generator.cell_anchors*", "*num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -151,14 +147,13 @@ def build_teacher(cfg: CfgNode, *, same_classes_as: nn.Module | None = None) -> 
         FileNotFoundError: no config file or no weights.
         ValueError: the weights are another model's, or the classes differ.
     """
+    if is_lazy(cfg.KD.TEACHER.CONFIG_FILE):
+        return _from_lazy(cfg, same_classes_as)
     own_cfg = teacher_config(cfg)
+    if is_ready_made(own_cfg):
+        return _ready_made(cfg, own_cfg)
     weights = teacher_weights(cfg, own_cfg)
-    if not weights or ("://" not in weights and not os.path.isfile(weights)):
-        raise FileNotFoundError(
-            f"The teacher's weights {weights!r} do not exist. Train it first (train_net.py "
-            f"--config-file {cfg.KD.TEACHER.CONFIG_FILE}), or set KD.TEACHER.WEIGHTS to its "
-            "checkpoint."
-        )
+    _expect_weights(weights, cfg.KD.TEACHER.CONFIG_FILE)
     plain = student_cfg(own_cfg)
     flip = other_channel_order(cfg.INPUT.FORMAT, own_cfg.INPUT.FORMAT)
     # Every tensor comes from the checkpoint: nothing to download, no package to install.
@@ -180,6 +175,48 @@ def build_teacher(cfg: CfgNode, *, same_classes_as: nn.Module | None = None) -> 
     )
 
 
+def _ready_made(cfg: CfgNode, own_cfg: CfgNode) -> Teacher:
+    """Build the teacher that needs no training; its tensors are its identity."""
+    flip = other_channel_order(cfg.INPUT.FORMAT, own_cfg.INPUT.FORMAT)
+    model = build_ready_made(student_cfg(own_cfg), cfg.KD.TEACHER.WEIGHTS)
+    config_file, weights = cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS
+    return Teacher(
+        model,
+        flip_channels=flip,
+        precision=cfg.KD.TEACHER.PRECISION,
+        identity=TeacherIdentity(config_file, weights, digest_of(model)),
+    )
+
+
+def _expect_weights(weights: str, config_file: str) -> None:
+    if not weights or ("://" not in weights and not os.path.isfile(weights)):
+        raise FileNotFoundError(
+            f"The teacher's weights {weights!r} do not exist. Train it first (train_net.py "
+            f"--config-file {config_file}), or set KD.TEACHER.WEIGHTS to its checkpoint."
+        )
+
+
+def _from_lazy(cfg: CfgNode, same_classes_as: nn.Module | None) -> Teacher:
+    """Build the teacher whose config is a LazyConfig."""
+    node = cfg.KD.TEACHER
+    lazy = load_lazy(node.CONFIG_FILE, node.OPTS)
+    weights = node.WEIGHTS
+    if weights == "auto":
+        weights = os.path.join(lazy.get("train", {}).get("output_dir", ""), "model_final.pth")
+    _expect_weights(weights, node.CONFIG_FILE)
+    plain = plain_model(lazy)
+    if same_classes_as is not None:
+        check_same_counts(same_classes_as, plain.model)
+    path = load_strictly(plain.model, weights, ignore=node.IGNORE_KEYS)
+    return Teacher(
+        plain.model.to(cfg.MODEL.DEVICE),
+        view=plain.view,
+        flip_channels=other_channel_order(cfg.INPUT.FORMAT, input_format(lazy, plain.model)),
+        precision=node.PRECISION,
+        identity=TeacherIdentity(node.CONFIG_FILE, weights, sha256_of(path)),
+    )
+
+
 def other_channel_order(student: str, teacher: str) -> bool:
     """
     Return whether the teacher wants the loaded image's channels in reverse.
@@ -196,63 +233,3 @@ def other_channel_order(student: str, teacher: str) -> bool:
             "one BGR."
         )
     return True
-
-
-class RecordingCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, which runs nothing it reads and keeps what did not match."""
-
-    incompatible: Any = None
-
-    def _load_file(self, filename: str) -> Any:
-        return load_checkpoint(filename)
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        self.incompatible = super()._load_model(checkpoint)
-        return self.incompatible
-
-
-def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ()) -> str:
-    """
-    Load weights of which every tensor must find its place, and every place its tensor.
-
-    Args:
-        model: the model; do not use it any further if this raises.
-        weights: path or URL.
-        ignore: fnmatch patterns of keys that may stay unmatched.
-
-    Returns:
-        The local path of the file.
-
-    Raises:
-        ValueError: tensors are missing, left over or of another shape; the message lists them.
-    """
-    checkpointer = RecordingCheckpointer(model, save_to_disk=False)
-    path = checkpointer.path_manager.get_local_path(weights) if "://" in weights else weights
-    try:
-        checkpointer.load(path, checkpointables=[])
-    except Exception as error:
-        raise ValueError(
-            f"The teacher's weights {weights} could not be read ({type(error).__name__}: {error})."
-        ) from error
-
-    def stray(keys: Iterable[str], patterns: Sequence[str] = (*_HARMLESS, *ignore)) -> list[str]:
-        return [key for key in keys if not any(fnmatch.fnmatch(key, p) for p in patterns)]
-
-    found = checkpointer.incompatible
-    shapes = {key: f"{key}: file {a}, model {b}" for key, a, b in found.incorrect_shapes}
-    wanted = stray(model.state_dict(), _HARMLESS)
-    matched = len({*wanted} - {*found.missing_keys, *shapes})
-    problems = {
-        "missing in the file": stray([key for key in found.missing_keys if key not in shapes]),
-        "in the file but not in the model": stray(found.unexpected_keys),
-        "of another shape": [shapes[key] for key in stray(shapes)],
-    }
-    if any(problems.values()) or not matched:
-        lists = "\n".join(f"  {what} ({len(k)}): {some(k)}" for what, k in problems.items() if k)
-        raise ValueError(
-            f"The teacher's weights {weights} do not fit the model of its config: {matched} of "
-            f"{len(wanted)} tensors matched.\n{lists}\nGive the config the weights were trained "
-            "with as KD.TEACHER.CONFIG_FILE, or list harmless keys in KD.TEACHER.IGNORE_KEYS."
-        )
-    _logger.info("Teacher: %d of %d tensors loaded from %s", matched, len(wanted), weights)
-    return path

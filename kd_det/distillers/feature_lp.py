@@ -5,20 +5,27 @@ L1/L2 distance between paired feature maps: the baseline every paper compares wi
 
 (FitNets, Romero et al., ICLR 2015, on every level of a pyramid.) With `normalize`, each channel of
 both maps is first standardised over the image, so that L2 is twice one minus their correlation
-(PKD, Cao et al., NeurIPS 2022, takes half of it and the moments of the whole batch).
+(PKD, Cao et al., NeurIPS 2022, takes half of it and the moments of the whole batch). With DISTANCE
+"cosine" it is the mean over cells of 1 - cos(S, T) over channels instead, which knows no lengths:
+for teachers whose numbers are of another size, as a ViT's.
 """
+
+from typing import Literal
 
 from detectron2.config import CfgNode
 from torch import Tensor
 
 from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
+from kd_det.distillers.checks import expect_choice
 from kd_det.distillers.pyramid import PyramidDistiller
-from kd_det.functional.distance import masked_standardize, mean_distance
+from kd_det.functional.distance import cosine_distance, masked_standardize, mean_distance
+
+Distance = Literal["lp", "cosine"]
 
 
 @DISTILLER_REGISTRY.register()
 class FeatureLp(PyramidDistiller):
-    """Sum over paired levels of the mean L1 or L2 distance."""
+    """Sum over paired levels of the mean L1, L2 or cosine distance."""
 
     config_key = "FEATURE_LP"
 
@@ -28,7 +35,9 @@ class FeatureLp(PyramidDistiller):
         super().add_config(node)
         # The largest numbers of a raw map lead the distance: at 1 and more it was seen to hurt.
         node.SHARE = 0.3
-        # Exponent of the distance: 1 or 2.
+        # "lp": the mean of |S - T|^P; "cosine": that of 1 - cos(S, T) over the channels of a cell.
+        node.DISTANCE = "lp"
+        # Exponent of the distance "lp": 1 or 2.
         node.P = 2
         # Standardise each channel of both maps over the image first.
         node.NORMALIZE = False
@@ -36,6 +45,7 @@ class FeatureLp(PyramidDistiller):
     def __init__(
         self,
         *,
+        distance: Distance = "lp",
         p: int = 2,
         normalize: bool = False,
         mask_padding: bool = False,
@@ -45,12 +55,13 @@ class FeatureLp(PyramidDistiller):
     ) -> None:
         """
         Args:
-            p: exponent of the distance, 1 or 2.
+            distance: "lp" or "cosine".
+            p: exponent of the distance "lp", 1 or 2.
             normalize: standardise each channel over the image first.
             mask_padding, student_capture, teacher_capture, adapter: see `PyramidDistiller`.
 
         Raises:
-            ValueError: p is neither 1 nor 2.
+            ValueError: p is neither 1 nor 2, or an unknown distance.
         """
         super().__init__(
             mask_padding=mask_padding,
@@ -60,12 +71,16 @@ class FeatureLp(PyramidDistiller):
         )
         if p not in (1, 2):
             raise ValueError(f"KD.FEATURE_LP.P is {p}, expected 1 or 2.")
+        expect_choice("KD.FEATURE_LP.DISTANCE", distance, Distance)
         self.p = p
+        self.kind = distance
         self.normalize = normalize
 
     def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
-        """Return the mean L1 or L2 distance of a pair."""
+        """Return the mean distance of a pair."""
         student, teacher = pair.student, pair.teacher
         if self.normalize:
             student, teacher = (masked_standardize(x, mask=mask) for x in (student, teacher))
+        if self.kind == "cosine":
+            return cosine_distance(student, teacher, mask=mask)
         return mean_distance(student, teacher, p=self.p, mask=mask)

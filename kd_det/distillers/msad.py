@@ -11,23 +11,20 @@ alpha * T^2 / T with the paper's alpha 0.2 and temperature 3. An ordinary high-r
 teaches in the same way, with its p3..p7.
 """
 
-import torch
 from detectron2.config import CfgNode
 from torch import Tensor
-from torch.nn import functional as F
 
 from kd_det.distillers.base import DISTILLER_REGISTRY, AdapterMode, Pair
-from kd_det.distillers.pyramid import PyramidDistiller
-from kd_det.functional.distance import masked_mean, mean_distance
-from kd_det.functional.precision import at_least_float32
-from kd_det.functional.ssim import ssim_loss
-
-LOSSES = ("l1", "l2", "smooth_l1", "cosine", "ssim")
+from kd_det.distillers.pyramid import DISTANCES, PyramidDistiller
 
 
 @DISTILLER_REGISTRY.register()
 class AlignedPyramid(PyramidDistiller):
-    """Sum over paired levels of a distance to the teacher's aligned pyramid."""
+    """
+    Sum over paired levels of a distance to the teacher's aligned pyramid.
+
+    A preset of the pyramid distiller: the distances are those of all, the defaults are the paper's.
+    """
 
     config_key = "ALIGNED_PYRAMID"
 
@@ -71,24 +68,12 @@ class AlignedPyramid(PyramidDistiller):
             teacher_capture=teacher_capture,
             adapter=adapter,
         )
-        if loss not in LOSSES:
+        if loss not in DISTANCES:
             raise ValueError(
-                f"KD.ALIGNED_PYRAMID.LOSS is {loss!r}, expected one of {', '.join(LOSSES)}."
+                f"KD.ALIGNED_PYRAMID.LOSS is {loss!r}, expected one of {', '.join(DISTANCES)}."
             )
         self.loss = loss
 
     def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
         """Return the distance of a pair."""
-        if self.loss in ("l1", "l2"):
-            p = 1 if self.loss == "l1" else 2
-            return mean_distance(pair.student, pair.teacher, p=p, mask=mask)
-        if self.loss == "ssim":
-            return ssim_loss(pair.student, pair.teacher, mask=mask)
-        with torch.autocast(pair.student.device.type, enabled=False):
-            student = at_least_float32(pair.student)
-            teacher = at_least_float32(pair.teacher.detach())
-            if self.loss == "cosine":
-                distance = 1 - F.cosine_similarity(student, teacher, dim=1)[:, None]
-            else:
-                distance = F.smooth_l1_loss(student, teacher, reduction="none")
-            return masked_mean(distance, mask)
+        return DISTANCES[self.loss](pair.student, pair.teacher, mask=mask)

@@ -1,6 +1,7 @@
 """What distillers that compare paired pyramid levels one by one have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from detectron2.config import CfgNode
@@ -8,6 +9,17 @@ from torch import Tensor
 
 from kd_det.distillers.base import AdapterMode, CaptureSpec, Distiller, Pair, Step
 from kd_det.distillers.checks import expect_number
+from kd_det.functional.distance import cosine_distance, mean_distance, smooth_l1_distance
+from kd_det.functional.ssim import ssim_loss
+
+# Distances of a pair's maps by name: (student, teacher, mask=...) -> scalar.
+DISTANCES: dict[str, Callable[..., Tensor]] = {
+    "l1": partial(mean_distance, p=1),
+    "l2": partial(mean_distance, p=2),
+    "smooth_l1": smooth_l1_distance,
+    "cosine": cosine_distance,
+    "ssim": ssim_loss,
+}
 
 
 class PyramidDistiller(Distiller):

@@ -22,6 +22,7 @@ from kd_det.engine.console import settle_handlers
 from kd_det.engine.folder_lock import claimed
 from kd_det.engine.job import Job
 from kd_det.engine.launch import launch
+from kd_det.engine.lazy import trainer_of
 from kd_det.engine.rehearsal import (
     TrainerClass,
     check_before_training,
@@ -51,10 +52,9 @@ def main(argv: Sequence[str] | None = None, trainer: TrainerClass = Distillation
 
 def run(job: Job, trainer: TrainerClass = DistillationTrainer) -> Any:
     """Do what each process of a job does; return metrics by task."""
-    cfg = set_up(job)
+    cfg, trainer = set_up(job), trainer_of(job, trainer)
     if job.args.eval_only:
-        given = "MODEL.WEIGHTS" in job.args.opts
-        return evaluate(cfg, trainer, last=job.args.resume or not given)
+        return evaluate(cfg, trainer, last=job.args.resume or not job.gives_weights)
     return train(cfg, trainer, resume=job.args.resume)
 
 
@@ -76,7 +76,7 @@ def set_up(job: Job) -> CfgNode:
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank())
     settle_handlers()
-    default_setup(cfg, job.args)
+    default_setup(cfg if job.lazy is None else job.lazy, job.args)
     return cfg
 
 

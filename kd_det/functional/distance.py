@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kd_det.functional.precision import at_least_float32
 
@@ -23,6 +24,25 @@ def mean_distance(
     with torch.autocast(student.device.type, enabled=False):
         difference = at_least_float32(student) - at_least_float32(teacher.detach())
         return masked_mean(difference.abs() if p == 1 else difference.square(), mask)
+
+
+def smooth_l1_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Mean of Huber's loss with its bend at 1; arguments and precision as in `mean_distance`."""
+    with torch.autocast(student.device.type, enabled=False):
+        maps = at_least_float32(student), at_least_float32(teacher.detach())
+        return masked_mean(F.smooth_l1_loss(*maps, reduction="none"), mask)
+
+
+def cosine_distance(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """
+    Mean over cells of one minus the cosine between both maps' channels, in [0, 2].
+
+    Lengths do not matter, so maps of other kinds of models, a ViT's for one, can be compared.
+    Arguments and precision as in `mean_distance`.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        maps = at_least_float32(student), at_least_float32(teacher.detach())
+        return masked_mean(1 - F.cosine_similarity(*maps, dim=1)[:, None], mask)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:

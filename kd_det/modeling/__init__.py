@@ -3,6 +3,7 @@
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from kd_det.modeling import feature_teacher  # noqa: F401
 from kd_det.modeling.backbones import fpn, timm_backbone
 from kd_det.modeling.dense import (  # noqa: F401
     atss,

@@ -25,6 +25,7 @@ TEACHER = torch.tensor([[[[1.0, 3.0]], [[0.0, 5.0]]]])
 class TestFeatureLp(DistillerContract):
     name = "FeatureLp"
     other: ClassVar[dict[str, Any]] = {
+        "DISTANCE": "cosine",
         "P": 1,
         "NORMALIZE": True,
         "MASK_PADDING": True,
@@ -36,6 +37,14 @@ class TestFeatureLp(DistillerContract):
 
 class TestL1(TestFeatureLp):
     options: ClassVar[dict[str, Any]] = {"p": 1}
+
+
+class TestCosine(TestFeatureLp):
+    options: ClassVar[dict[str, Any]] = {"distance": "cosine"}
+
+    def test_the_length_of_a_cells_vector_does_not_matter(self, scene: Scene) -> None:
+        longer = scene.maps(lambda x: x * 8, "teacher")
+        torch.testing.assert_close(self.total(longer), self.total(scene), rtol=1e-5, atol=1e-7)
 
 
 class TestNormalized(TestFeatureLp):
@@ -104,3 +113,10 @@ def test_valid_cells_are_those_whose_centre_is_on_the_image() -> None:
     assert pairs[0].valid().shape == (2, 1, 6, 8)
     assert pairs[0].valid()[1, 0, 3, 4] == 1
     assert pairs[0].valid()[1, 0, 4, 4] == 0
+
+
+def test_an_unknown_distance_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"KD\.FEATURE_LP\.DISTANCE is 'cos', expected 'lp' or 'co"
+    ):
+        FeatureLp(distance="cos")  # type: ignore[arg-type]

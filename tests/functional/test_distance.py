@@ -1,13 +1,17 @@
 """Point-wise distances, masked means and standardisation."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from kd_det.functional.distance import (
+    cosine_distance,
     masked_mean,
     masked_standardize,
     mean_distance,
+    smooth_l1_distance,
 )
 from kd_det.functional.precision import at_least_float32
 
@@ -136,3 +140,29 @@ class TestStandardize:
         r = torch.corrcoef(torch.stack([s.flatten(), t.flatten()]))[0, 1]
         distance = mean_distance(masked_standardize(s, eps=0), masked_standardize(t, eps=0))
         torch.testing.assert_close(distance, 2 * (1 - r))
+
+
+def test_cosine_by_hand() -> None:
+    """Vectors of cells (3, 4) and (4, 3), then (1, 0) and (0, 2): 24/25 and 0."""
+    student = torch.tensor([[[[3.0, 1.0]], [[4.0, 0.0]]]])
+    teacher = torch.tensor([[[[4.0, 0.0]], [[3.0, 2.0]]]])
+    assert cosine_distance(student, teacher).item() == pytest.approx((1 / 25 + 1) / 2)
+    assert cosine_distance(student, teacher, mask=FIRST).item() == pytest.approx(1 / 25)
+    assert cosine_distance(student, -3 * student).item() == pytest.approx(2)
+
+
+def test_smooth_l1_by_hand() -> None:
+    """Differences 1, -2 | 3, 0: 0.5, 1.5 | 2.5, 0."""
+    assert smooth_l1_distance(STUDENT, TEACHER).item() == pytest.approx(4.5 / 4)
+    assert smooth_l1_distance(STUDENT, TEACHER, mask=FIRST).item() == pytest.approx(3 / 2)
+
+
+@pytest.mark.parametrize("distance", [cosine_distance, smooth_l1_distance])
+def test_gradients_of_both(distance: Any) -> None:
+    student, teacher = random(2, 3, 2, 2).requires_grad_(), random(2, 3, 2, 2, seed=1)
+    teacher.requires_grad_()
+    mask = (random(2, 1, 2, 2, seed=2) > 0).double()
+    loss = lambda s: distance(s, teacher.detach(), mask=mask)  # noqa: E731
+    assert torch.autograd.gradcheck(loss, student)
+    distance(student, teacher).backward()
+    assert teacher.grad is None

@@ -1,0 +1,76 @@
+"""Loading weights of which every tensor must find its place."""
+
+import fnmatch
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from kd_det.reading import load_checkpoint
+from kd_det.text import some
+
+_logger = logging.getLogger(__name__)
+# Buffers that old checkpoints carry and models make themselves.
+_HARMLESS = ("pixel_mean", "pixel_std", "*anchor_generator.cell_anchors*", "*num_batches_tracked")
+
+
+class RecordingCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, which runs nothing it reads and keeps what did not match."""
+
+    incompatible: Any = None
+
+    def _load_file(self, filename: str) -> Any:
+        return load_checkpoint(filename)
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        self.incompatible = super()._load_model(checkpoint)
+        return self.incompatible
+
+
+def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ()) -> str:
+    """
+    Load weights of which every tensor must find its place, and every place its tensor.
+
+    Args:
+        model: the model; do not use it any further if this raises.
+        weights: path or URL.
+        ignore: fnmatch patterns of keys that may stay unmatched.
+
+    Returns:
+        The local path of the file.
+
+    Raises:
+        ValueError: tensors are missing, left over or of another shape; the message lists them.
+    """
+    checkpointer = RecordingCheckpointer(model, save_to_disk=False)
+    path = checkpointer.path_manager.get_local_path(weights) if "://" in weights else weights
+    try:
+        checkpointer.load(path, checkpointables=[])
+    except Exception as error:
+        raise ValueError(
+            f"The teacher's weights {weights} could not be read ({type(error).__name__}: {error})."
+        ) from error
+
+    def stray(keys: Iterable[str], patterns: Sequence[str] = (*_HARMLESS, *ignore)) -> list[str]:
+        return [key for key in keys if not any(fnmatch.fnmatch(key, p) for p in patterns)]
+
+    found = checkpointer.incompatible
+    shapes = {key: f"{key}: file {a}, model {b}" for key, a, b in found.incorrect_shapes}
+    wanted = stray(model.state_dict(), _HARMLESS)
+    matched = len({*wanted} - {*found.missing_keys, *shapes})
+    problems = {
+        "missing in the file": stray([key for key in found.missing_keys if key not in shapes]),
+        "in the file but not in the model": stray(found.unexpected_keys),
+        "of another shape": [shapes[key] for key in stray(shapes)],
+    }
+    if any(problems.values()) or not matched:
+        lists = "\n".join(f"  {what} ({len(k)}): {some(k)}" for what, k in problems.items() if k)
+        raise ValueError(
+            f"The teacher's weights {weights} do not fit the model of its config: {matched} of "
+            f"{len(wanted)} tensors matched.\n{lists}\nGive the config the weights were trained "
+            "with as KD.TEACHER.CONFIG_FILE, or list harmless keys in KD.TEACHER.IGNORE_KEYS."
+        )
+    _logger.info("Teacher: %d of %d tensors loaded from %s", matched, len(wanted), weights)
+    return path
