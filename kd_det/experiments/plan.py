@@ -18,8 +18,9 @@ from detectron2.config import CfgNode
 import kd_det
 from kd_det import zoo
 from kd_det.config import changed_settings, is_distillation, load_config
+from kd_det.distillation.ready_made import is_ready_made
 from kd_det.experiments.digests import digest_of
-from kd_det.experiments.identity import data_identity
+from kd_det.experiments.identity import data_identity, ready_made_identity
 from kd_det.experiments.recipe import Arm, Recipe, RecipeError
 
 
@@ -147,6 +148,11 @@ class _Planner:
         for run in list(self.runs.values()):
             if run.is_teacher and run.config_file == config:
                 return run
+        if is_ready_made(self._config(config, ())):
+            raise RecipeError(
+                f"{self.recipe.name}: the teacher {config.name} is no detector, so there is no AP "
+                "to measure students by. Let `teacher` name a detector; arms may learn from others."
+            )
         return self._teacher(config, (), "auto")
 
     def _teacher(self, config: Path, opts: tuple[str, ...], weights: str) -> Run:
@@ -173,6 +179,8 @@ class _Planner:
         if weights != "auto":
             settings += ["MODEL.WEIGHTS", weights]
             identities["weights"] = self._identity(weights)
+        elif ready_made := ready_made_identity(cfg):
+            identities["teacher"] = ready_made
         elif is_distillation(cfg) and (cfg.KD.DISTILLERS or cfg.KD.INHERIT):
             teacher, path, identities["teacher"] = self._teacher_of(cfg, name)
             settings += ["KD.TEACHER.WEIGHTS", path]
