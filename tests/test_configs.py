@@ -36,9 +36,7 @@ def test_config_builds(path: Path) -> None:
     assert not teacher or Path(teacher).is_file(), teacher
 
 
-SMALL = [
-    path for path in CONFIGS if path.parent.name in ("quickstart", "shapes", "shapes2", "aquarium")
-]
+SMALL = [path for path in CONFIGS if path.parent.name in ("shapes", "shapes2", "aquarium")]
 
 
 @pytest.mark.parametrize("path", SMALL, ids=lambda path: f"{path.parent.name}/{path.name}")

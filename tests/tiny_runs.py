@@ -292,8 +292,7 @@ def calls_of(module: torch.nn.Module, action: Callable[[], Any]) -> list[tuple[A
     calls: list[tuple[Any, Any]] = []
     handle = module.register_forward_hook(lambda _, inputs, out: calls.append((inputs, out)))
     try:
-        with torch.no_grad():
-            action()
+        action()
     finally:
         handle.remove()
     return calls

@@ -14,9 +14,9 @@ from kd_det.engine.lazy_settings import settings_of
 
 _EPILOG = """
 Train (the teacher first, if it is absent), continue, evaluate the student alone:
-  train_net.py --config-file configs/quickstart/feature_lp.yaml
-  train_net.py --config-file configs/quickstart/feature_lp.yaml --resume
-  train_net.py --config-file configs/quickstart/feature_lp.yaml --eval-only
+  train_net.py --config-file configs/shapes2/ssim.yaml
+  train_net.py --config-file configs/shapes2/ssim.yaml --resume
+  train_net.py --config-file configs/shapes2/ssim.yaml --eval-only
 
 Override any key:
   train_net.py --config-file F SOLVER.BASE_LR 0.001 KD.SSIM.WEIGHT 2.0
@@ -40,7 +40,7 @@ class Job:
         parser = default_argument_parser(epilog=_EPILOG)
         args = parser.parse_args(argv)
         if not args.config_file:
-            parser.error("--config-file is required, e.g. configs/quickstart/feature_lp.yaml")
+            parser.error("--config-file is required, e.g. configs/shapes2/ssim.yaml")
         return cls(args)
 
     @functools.cached_property
