@@ -1,5 +1,6 @@
 """Every file of configs/ is a config whose keys exist and whose model, or student, can be built."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,23 @@ def test_published_experiments_give_their_weights(path: Path) -> None:
     for name in cfg.KD.DISTILLERS:
         given = cfg.KD[node_name(name)].WEIGHT is not None
         assert given != ("weight for it is not known" in path.read_text())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PUBLISHED if "coco" in path.parts],
+    ids=lambda path: str(path.relative_to(FOLDER)),
+)
+def test_published_experiments_say_where_they_depart(path: Path) -> None:
+    """In their header, or in that of the experiment they build on."""
+    headers = ""
+    file = path
+    while "coco" in file.parts:
+        text = file.read_text()
+        headers += "".join(line for line in text.splitlines() if line.startswith("#"))
+        base = yaml.safe_load(text).get("_BASE_")
+        file = (file.parent / base).resolve() if base else FOLDER
+    assert re.search(r"[Dd]epart(s|ed)?\b", headers)
 
 
 RECIPES = [path for path in sorted(FOLDER.rglob("*.yaml")) if is_recipe(path)]
