@@ -1,5 +1,6 @@
 """Every file of configs/ is a config whose keys exist and whose model, or student, can be built."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from detectron2.utils.events import EventStorage
 import kd_det.modeling  # noqa: F401
 from kd_det.config import load_config, student_cfg
 from kd_det.distillers import node_name
+from kd_det.experiments.recipe import read_recipe
 
 FOLDER = Path(__file__).parent.parent / "configs"
 
@@ -68,4 +70,34 @@ def test_published_experiments_give_their_weights(path: Path) -> None:
     """The weight that sets itself is kd_det's: what a paper gives stands in its config."""
     cfg = load_config(str(path))
     for name in cfg.KD.DISTILLERS:
-        assert cfg.KD[node_name(name)].WEIGHT is not None
+        given = cfg.KD[node_name(name)].WEIGHT is not None
+        assert given != ("weight for it is not known" in path.read_text())
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PUBLISHED if "coco" in path.parts],
+    ids=lambda path: str(path.relative_to(FOLDER)),
+)
+def test_published_experiments_say_where_they_depart(path: Path) -> None:
+    """In their header, or in that of the experiment they build on."""
+    headers = ""
+    file = path
+    while "coco" in file.parts:
+        text = file.read_text()
+        headers += "".join(line for line in text.splitlines() if line.startswith("#"))
+        base = yaml.safe_load(text).get("_BASE_")
+        file = (file.parent / base).resolve() if base else FOLDER
+    assert re.search(r"[Dd]epart(s|ed)?\b", headers)
+
+
+RECIPES = [path for path in sorted(FOLDER.rglob("*.yaml")) if is_recipe(path)]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_arms_of_recipes_are_configs(path: Path) -> None:
+    recipe = read_recipe(str(path))
+    for arm in recipe.arms:
+        cfg = load_config(str(arm.config), [*recipe.overrides, *arm.overrides])
+        teacher = cfg.KD.TEACHER.CONFIG_FILE
+        assert not teacher or Path(teacher).is_file(), f"{arm.name}: {teacher}"
