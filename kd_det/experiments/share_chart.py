@@ -1,9 +1,11 @@
 """A chart of how hard each distiller pulled on its student while it was trained."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 _LINES = ("-", "--", ":", "-.")
 _INK, _SOFT, _GRID = "#1f2933", "#6b7785", "#e4e8ec"
@@ -30,10 +32,13 @@ def draw_shares(axes: Axes, arms: Sequence[Mapping[str, Any]], colours: Mapping[
             label = arm["label"] if len(curves) == 1 else f"{arm['label']}: {name}"
             axes.plot(
                 [x for x, _ in shown], [y for _, y in shown], color=colours[arm["name"]],
-                linestyle=_LINES[i % len(_LINES)], linewidth=1.4, label=label,
+                linestyle=_LINES[i % len(_LINES)], linewidth=1.4, label=textwrap.fill(label, 24),
             )  # fmt: skip
     axes.axhline(1.0, color=_SOFT, linewidth=0.8, zorder=1)
     axes.set_yscale("log")
+    # The scale's own labels are formulas, which the figure does not parse.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("iteration", fontsize=8.5, color=_SOFT)
     axes.set_title(
         "gradient share: a distiller's gradient at the student's features over that of the "

@@ -65,3 +65,5 @@ def test_the_chart_has_a_line_per_distiller(tmp_path: Path) -> None:
     assert list(drawn["both: l2"].get_xdata()) == [20]  # a share of zero has no logarithm
     styles = {line.get_linestyle() for name, line in drawn.items() if name.startswith("both")}
     assert len(styles) == 2
+    ticks = [label.get_text() for label in axes.get_yticklabels()]
+    assert "1" in ticks and not any("$" in text for text in ticks)
