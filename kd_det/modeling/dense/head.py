@@ -45,8 +45,8 @@ class DenseHead(RetinaNetHead):
             norm=head_norm(norm),
             prior_prob=prior_prob,
         )
-        self.bbox_pred = _prediction_conv(channels, box_outputs)
-        self.quality = _prediction_conv(channels, 1) if with_quality else None
+        self.bbox_pred = prediction_conv(channels, box_outputs)
+        self.quality = prediction_conv(channels, 1) if with_quality else None
         self.scales = nn.ParameterList(
             nn.Parameter(self.bbox_pred.weight.new_ones(())) for _ in input_shape
         )
@@ -76,10 +76,12 @@ class DenseHead(RetinaNetHead):
         return (logits, boxes) if self.quality is None else (logits, boxes, qualities)
 
 
-def _prediction_conv(channels: int, outputs: int) -> nn.Conv2d:
-    """Return a 3x3 convolution, initialised as RetinaNetHead does."""
-    conv = nn.Conv2d(channels, outputs, kernel_size=3, padding=1)
+def prediction_conv(
+    channels: int, outputs: int, *, kernel_size: int = 3, bias: float = 0.0
+) -> nn.Conv2d:
+    """Return a convolution that keeps the map's size, initialised as RetinaNetHead does."""
+    conv = nn.Conv2d(channels, outputs, kernel_size, padding=kernel_size // 2)
     nn.init.normal_(conv.weight, std=0.01)
     assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
+    nn.init.constant_(conv.bias, bias)
     return conv

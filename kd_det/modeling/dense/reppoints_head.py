@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from kd_det.functional.precision import at_least_float32
 from kd_det.functional.reppoints import scaled_gradient
 from kd_det.modeling.deform_conv import DeformConv
+from kd_det.modeling.dense.head import prediction_conv
 from kd_det.modeling.norms import head_norm
 
 
@@ -61,10 +62,12 @@ class RepPointsHead(RetinaNetHead):
             prior_prob=prior_prob,
         )
         side = round(num_points**0.5)
-        self.cls_score = _conv(channels, num_classes, 1, -math.log((1 - prior_prob) / prior_prob))
-        self.bbox_pred = _conv(channels, 2 * num_points, 1)
-        self.initial_conv = _conv(channels, channels, 3)
-        self.initial_pred = _conv(channels, 2 * num_points, 1)
+        self.cls_score = prediction_conv(
+            channels, num_classes, kernel_size=1, bias=-math.log((1 - prior_prob) / prior_prob)
+        )
+        self.bbox_pred = prediction_conv(channels, 2 * num_points, kernel_size=1)
+        self.initial_conv = prediction_conv(channels, channels)
+        self.initial_pred = prediction_conv(channels, 2 * num_points, kernel_size=1)
         self.cls_deform = DeformConv(channels, side)
         self.refine_deform = DeformConv(channels, side)
         self.spread = nn.Parameter(torch.zeros(2)) if with_spread else None
@@ -103,11 +106,3 @@ def _points(conv: nn.Conv2d, x: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         out: Tensor = conv(at_least_float32(F.relu(x)))
     return out
-
-
-def _conv(channels: int, outputs: int, kernel_size: int, bias: float = 0.0) -> nn.Conv2d:
-    conv = nn.Conv2d(channels, outputs, kernel_size, padding=kernel_size // 2)
-    nn.init.normal_(conv.weight, std=0.01)
-    assert conv.bias is not None
-    nn.init.constant_(conv.bias, bias)
-    return conv
