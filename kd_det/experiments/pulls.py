@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from kd_det.experiments.training_curves import Curve, read_records
+from kd_det.experiments.training_curves import Curve, median_curve, read_records
 
 # What is logged of each distiller, as kd/<distiller>/<quantity>.
 QUANTITIES = {"share": "grad_share", "cosine": "cosine", "weight": "weight"}
@@ -55,13 +55,11 @@ def summarize(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _summary(curves: Sequence[Curve]) -> dict[str, Any]:
-    iterations = sorted({i for curve in curves for i in curve})
-    curve = [[i, median(c[i] for c in curves if i in c)] for i in iterations]
     return {
         "first": median(c[min(c)] for c in curves),
         "middle": median(median(c.values()) for c in curves),
         "last": median(c[max(c)] for c in curves),
-        "curve": curve,
+        "curve": [[i, value] for i, value in median_curve(curves).items()],
     }
 
 

@@ -43,11 +43,15 @@ def loss_curves(folders: Sequence[Path]) -> dict[str, Curve]:
     runs = [_sums(folder) for folder in folders]
     found = {}
     for kind in ("detection", "distillation"):
-        curves = [run[kind] for run in runs if run[kind]]
-        iterations = sorted({i for curve in curves for i in curve})
-        if iterations:
-            found[kind] = {i: median(c[i] for c in curves if i in c) for i in iterations}
+        if curve := median_curve([run[kind] for run in runs]):
+            found[kind] = curve
     return found
+
+
+def median_curve(curves: Sequence[Curve]) -> Curve:
+    """Return the median over the curves at every iteration that any of them has, in order."""
+    iterations = sorted({i for curve in curves for i in curve})
+    return {i: median(c[i] for c in curves if i in c) for i in iterations}
 
 
 def _sums(folder: Path) -> dict[str, Curve]:
