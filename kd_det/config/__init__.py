@@ -2,6 +2,13 @@
 
 from kd_det.config.keys import add_kd_config
 from kd_det.config.reading import changed_settings, load_config
-from kd_det.config.roles import is_distillation, student_cfg
+from kd_det.config.roles import is_distillation, needs_teacher, student_cfg
 
-__all__ = ["add_kd_config", "changed_settings", "is_distillation", "load_config", "student_cfg"]
+__all__ = [
+    "add_kd_config",
+    "changed_settings",
+    "is_distillation",
+    "load_config",
+    "needs_teacher",
+    "student_cfg",
+]

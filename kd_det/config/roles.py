@@ -25,3 +25,8 @@ def student_cfg(cfg: CfgNode) -> CfgNode:
 def is_distillation(cfg: CfgNode) -> bool:
     """Return whether the config names kd_det's wrapper as meta-architecture."""
     return bool(cfg.MODEL.META_ARCHITECTURE == "DistillationDetector")
+
+
+def needs_teacher(cfg: CfgNode) -> bool:
+    """Return whether a config distils or inherits."""
+    return is_distillation(cfg) and bool(cfg.KD.DISTILLERS or cfg.KD.INHERIT)

@@ -4,7 +4,7 @@ import os
 
 from detectron2.config import CfgNode
 
-from kd_det.config import is_distillation
+from kd_det.config import needs_teacher
 from kd_det.config.lazy import is_lazy
 from kd_det.distillation.ready_made import is_ready_made
 from kd_det.distillation.teacher import teacher_config, teacher_weights
@@ -21,8 +21,11 @@ def absent_teacher(cfg: CfgNode) -> CfgNode | None:
         RefusedFileError: the file in its place is whole, and not one that kd_det wrote.
         FileNotFoundError, KeyError, ValueError: from `teacher_config`.
     """
-    wanted = is_distillation(cfg) and (cfg.KD.DISTILLERS or cfg.KD.INHERIT)
-    if not wanted or cfg.KD.TEACHER.WEIGHTS != "auto" or is_lazy(cfg.KD.TEACHER.CONFIG_FILE):
+    if (
+        not needs_teacher(cfg)
+        or cfg.KD.TEACHER.WEIGHTS != "auto"
+        or is_lazy(cfg.KD.TEACHER.CONFIG_FILE)
+    ):
         return None
     own_cfg = teacher_config(cfg)
     if is_ready_made(own_cfg):

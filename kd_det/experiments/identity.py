@@ -8,11 +8,8 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from kd_det.config import is_distillation
 from kd_det.data import register_from_config
 from kd_det.data.annotation_file import read_annotation_file
-from kd_det.distillation.ready_made import is_ready_made
-from kd_det.distillation.teacher import teacher_config
 from kd_det.experiments.digests import digest_of
 from kd_det.files import cache_root
 
@@ -40,22 +37,16 @@ def data_identity(cfg: CfgNode) -> dict[str, str]:
     return found
 
 
-def ready_made_identity(cfg: CfgNode) -> str:
+def ready_made_identity(own_cfg: CfgNode, weights: str) -> str:
     """
-    Return what identifies a run's teacher that brings its weights itself; "" without such a one.
+    Return what identifies a teacher that brings its weights itself.
 
-    Raises:
-        FileNotFoundError, KeyError, ValueError: from `teacher_config`.
+    Args:
+        own_cfg: its config.
+        weights: of KD.TEACHER.WEIGHTS.
     """
-    wanted = is_distillation(cfg) and (cfg.KD.DISTILLERS or cfg.KD.INHERIT)
-    if not wanted or not cfg.KD.TEACHER.CONFIG_FILE:
-        return ""
-    own = teacher_config(cfg)
-    if not is_ready_made(own):
-        return ""
-    weights = cfg.KD.TEACHER.WEIGHTS
     read = digest_of(weights) if os.path.isfile(weights) else weights
-    return hashlib.sha256(f"{own.MODEL.dump()} {read}".encode()).hexdigest()
+    return hashlib.sha256(f"{own_cfg.MODEL.dump()} {read}".encode()).hexdigest()
 
 
 def _digest_of_set(file: Path, images: Path) -> str:

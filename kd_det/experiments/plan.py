@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 
 import kd_det
 from kd_det import zoo
-from kd_det.config import changed_settings, is_distillation, load_config
+from kd_det.config import changed_settings, load_config, needs_teacher
 from kd_det.distillation.ready_made import is_ready_made
 from kd_det.experiments.digests import digest_of
 from kd_det.experiments.identity import data_identity, ready_made_identity
@@ -179,9 +179,9 @@ class _Planner:
         if weights != "auto":
             settings += ["MODEL.WEIGHTS", weights]
             identities["weights"] = self._identity(weights)
-        elif ready_made := ready_made_identity(cfg):
-            identities["teacher"] = ready_made
-        elif is_distillation(cfg) and (cfg.KD.DISTILLERS or cfg.KD.INHERIT):
+        elif needs_teacher(cfg) and (own_cfg := self._ready_made(cfg)):
+            identities["teacher"] = ready_made_identity(own_cfg, cfg.KD.TEACHER.WEIGHTS)
+        elif needs_teacher(cfg):
             teacher, path, identities["teacher"] = self._teacher_of(cfg, name)
             settings += ["KD.TEACHER.WEIGHTS", path]
             needs.append(teacher)
@@ -211,6 +211,15 @@ class _Planner:
         if parent is None and os.path.isfile(cfg.MODEL.WEIGHTS):
             found["start"] = digest_of(cfg.MODEL.WEIGHTS)
         return found
+
+    def _ready_made(self, cfg: CfgNode) -> CfgNode | None:
+        """Return the config of the teacher a config names, if it brings its weights itself."""
+        node = cfg.KD.TEACHER
+        if not node.CONFIG_FILE:
+            return None
+        opts = tuple(str(word) for word in node.OPTS)
+        own_cfg = self._config(Path(node.CONFIG_FILE).resolve(), opts)
+        return own_cfg if is_ready_made(own_cfg) else None
 
     def _teacher_of(self, cfg: CfgNode, name: str) -> tuple[Run, str, str]:
         """Return the run of the teacher a config names, its checkpoint, and its identity."""
