@@ -15,6 +15,9 @@ from torch import nn
 
 from kd_det.config import load_config
 
+# Of a setting for Intel GPUs that switching oneDNN off touches too.
+pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
+
 quick = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 thorough = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
@@ -66,6 +69,13 @@ def batch_of(drawn: list[tuple[int, int, int, str]], seed: int) -> list[dict[str
 
 
 def check(model: nn.Module, batch: list[dict[str, Any]], amp: bool) -> None:
+    # oneDNN's bfloat16 weight gradient of a convolution over one pixel reads memory that nobody
+    # wrote (torch 2.15): now and then a NaN, with or without distillation.
+    with torch.backends.mkldnn.flags(enabled=False):
+        check_with(model, batch, amp)
+
+
+def check_with(model: nn.Module, batch: list[dict[str, Any]], amp: bool) -> None:
     model.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
         losses, _ = tiny_runs.losses_at(model, batch, iteration=100)
