@@ -29,15 +29,7 @@ class KDState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return adapters, distillers' tensors, the teacher's identity, what detectors count."""
-        out: dict[str, Any] = {
-            # A plain attribute of Detectron2's dense detectors, absent from their state dict. The
-            # keypoint head has a word under the same name.
-            _NORMALIZER: {
-                name: float(getattr(module, _NORMALIZER))
-                for name, module in student_of(self._model).named_modules()
-                if isinstance(getattr(module, _NORMALIZER, None), (int, float))
-            }
-        }
+        out: dict[str, Any] = {_NORMALIZER: loss_normalizers(self._model)}
         buffers = _running_buffers(self._model)
         if buffers:
             out[_BUFFERS] = buffers
@@ -62,9 +54,7 @@ class KDState:
             ValueError: the checkpoint was made with another teacher or other distillers.
         """
         self._check(state)
-        modules = dict(student_of(self._model).named_modules())
-        for name, value in state[_NORMALIZER].items():
-            setattr(modules[name], _NORMALIZER, value)
+        set_loss_normalizers(self._model, state[_NORMALIZER])
         for name, buffer in _running_buffers(self._model).items():
             if name in state.get(_BUFFERS, {}):
                 buffer.copy_(state[_BUFFERS][name])
@@ -96,6 +86,27 @@ class KDState:
                 f"this config names {own['weights']} ({own['sha256'][:12]}). Resume with the same "
                 f"teacher, {advice}"
             )
+
+
+def loss_normalizers(model: nn.Module) -> dict[str, float]:
+    """
+    Return what a student's modules divide their own losses by, by module.
+
+    A plain attribute of Detectron2's dense detectors, absent from their state dict.
+    """
+    return {
+        name: float(getattr(module, _NORMALIZER))
+        for name, module in student_of(model).named_modules()
+        # The keypoint head has a word under the same name.
+        if isinstance(getattr(module, _NORMALIZER, None), (int, float))
+    }
+
+
+def set_loss_normalizers(model: nn.Module, values: dict[str, float]) -> None:
+    """Restore what `loss_normalizers` returned."""
+    modules = dict(student_of(model).named_modules())
+    for name, value in values.items():
+        setattr(modules[name], _NORMALIZER, value)
 
 
 def _running_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import nn
 from kd_det.distillation import DistillationDetector
 from kd_det.distillation.lazy import plain_model
 from kd_det.engine.job import Job
+from kd_det.engine.processes import share_buffers
 from kd_det.engine.trainer import DistillationTrainer, ResumableSampler
 
 
@@ -74,6 +75,7 @@ class LazyTrainer(DistillationTrainer):
         evaluator = evaluators or _evaluator_of(cls.lazy)
         if evaluator is None:
             return {}
+        share_buffers(model)
         metrics = inference_on_dataset(model, instantiate(cls.lazy.dataloader.test), evaluator)
         if comm.is_main_process():
             print_csv_format(metrics)

@@ -3,12 +3,10 @@
 import itertools
 import logging
 import os
-import random
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
@@ -34,6 +32,13 @@ from kd_det.engine.ending import StopWhenAsked
 from kd_det.engine.launch import distribute
 from kd_det.engine.loop import TrainingLoop
 from kd_det.engine.optimizer import slow_bottom_up
+from kd_det.engine.processes import (
+    GatherProcessStates,
+    random_state,
+    set_process_state,
+    set_random_state,
+    share_buffers,
+)
 from kd_det.engine.run_files import ProgressFile, RunResult
 from kd_det.evaluation.build import build_evaluator
 
@@ -43,11 +48,13 @@ _logger = logging.getLogger(__name__)
 _LAST_HOOKS = (
     ProgressFile,
     EvalHook,
+    GatherProcessStates,
     PeriodicCheckpointer,
     PeriodicWriter,
     RunResult,
     StopWhenAsked,
 )
+_PROCESSES = "processes"
 
 
 class ResumableSampler(TrainingSampler):
@@ -149,12 +156,21 @@ class DistillationTrainer(DefaultTrainer):
         """Build the evaluator of a dataset; its files go to OUTPUT_DIR/inference."""
         return build_evaluator(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, "inference"))
 
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Any:
+        """Evaluate what ships, in every process; return metrics by task."""
+        share_buffers(model)
+        return super().test(cfg, model, evaluators)
+
     def build_hooks(self) -> list[HookBase]:
         """Add the progress and result files to Detectron2's hooks, each at its place in a step."""
         hooks: list[HookBase] = super().build_hooks()
         if comm.is_main_process():
             hooks.append(ProgressFile(self.cfg.OUTPUT_DIR))
             hooks.append(RunResult(self.cfg.OUTPUT_DIR, self.cfg.SEED))
+        if comm.get_world_size() > 1:
+            period = self.cfg.SOLVER.CHECKPOINT_PERIOD
+            hooks.append(GatherProcessStates(self._plain_model(), period))
         hooks.append(StopWhenAsked())
         return sorted(hooks, key=_place)  # hooks of one place keep their order
 
@@ -211,18 +227,33 @@ class DistillationTrainer(DefaultTrainer):
         return {
             **super().state_dict(),
             "_trainer": self._trainer.state_dict(),
-            "random": _random_state(),
+            "random": random_state(),
+            **self._gathered(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
-        if comm.is_main_process():
-            _set_random_state(state_dict["random"])
+        states = state_dict.get(_PROCESSES, [])
+        if len(states) == comm.get_world_size():
+            set_process_state(self._plain_model(), states[comm.get_rank()])
+        elif comm.is_main_process():
+            set_random_state(state_dict["random"])
         elif self.cfg.SEED >= 0:
-            # The file holds the first process's state; the others go on with streams of their own.
+            _logger.warning(
+                "This checkpoint holds no state of process %d of %d (it was written after Ctrl-C, "
+                "or by another number of processes): its random numbers start anew.",
+                comm.get_rank(),
+                comm.get_world_size(),
+            )
             seed_all_rng(self.cfg.SEED + comm.get_rank() + self.iter * comm.get_world_size())
+
+    def _gathered(self) -> dict[str, Any]:
+        """Return the states of several processes, if they were gathered in this iteration."""
+        hooks = (hook for hook in self._hooks if isinstance(hook, GatherProcessStates))
+        states = [state for hook in hooks for state in hook.at(self.iter)]
+        return {_PROCESSES: states} if states else {}
 
 
 def _place(hook: HookBase) -> int:
@@ -239,26 +270,3 @@ def clip_norm(cfg: CfgNode) -> float | None:
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     return float(clip.CLIP_VALUE) if clip.ENABLED and clip.CLIP_TYPE == "full_model" else None
-
-
-def _random_state() -> dict[str, Any]:
-    """Return the generators' states as tensors and numbers, which the safe unpickler reads."""
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
-        "python": random.getstate(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(
-        ("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, float(cached))
-    )
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from tabulate import tabulate
+from torch import nn
 
 from kd_det.config import load_config, student_cfg
 from kd_det.data import register_from_config
@@ -93,7 +94,7 @@ def add(
     write_entry(entry, folder)
 
 
-def _ap(cfg: CfgNode, model: object, data_set: str) -> float:
+def _ap(cfg: CfgNode, model: nn.Module, data_set: str) -> float:
     cfg = cfg.clone()
     cfg.DATASETS.TEST = (data_set,)
     metrics = DistillationTrainer.test(cfg, model)
