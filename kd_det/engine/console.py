@@ -4,9 +4,12 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
 _LOGGERS = ("detectron2", "fvcore", "kd_det")
+# Log files that could not be written, of a full disk.
+_UNWRITABLE: set[str] = set()
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -39,6 +42,21 @@ def settle_handlers() -> None:
                 handler.setFormatter(_PlainFormatter(inner))
             if on_console and not handler.filters:
                 handler.addFilter(_without_traceback)
+            if not on_console:
+                handler.handleError = _say_once(handler)  # type: ignore[method-assign, assignment]
+
+
+def _say_once(handler: logging.StreamHandler[TextIO]) -> Callable[[logging.LogRecord], None]:
+    """Return what a handler does when its file cannot be written: tell that, the first time."""
+    file = getattr(handler.stream, "name", "the log")
+
+    def tell(record: logging.LogRecord) -> None:
+        if file not in _UNWRITABLE:
+            _UNWRITABLE.add(file)
+            error = sys.exc_info()[1]
+            print(f"{file} cannot be written ({error}); it lacks what follows.", file=sys.stderr)
+
+    return tell
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -69,7 +87,7 @@ def plain_errors() -> Iterator[None]:
         logging.getLogger("kd_det").error("The job ended with an error:", exc_info=True)
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"\n{type(error).__name__}: {message}", file=sys.stderr)
-        if logged is not None:
+        if logged is not None and logged not in _UNWRITABLE:
             print(f"The traceback is in {logged}.", file=sys.stderr)
         sys.exit(1)
 
