@@ -25,6 +25,8 @@ class TimmBackbone(Backbone):
     """
     The feature pyramid of a timm model, levels named by stride: res2 (4) to res5 (32).
 
+    What comes after the last wanted level is left out, where the model is a plain sequence.
+
     Args:
         name: a model name of timm, e.g. "mobilenetv2_100".
         pretrained: download timm's ImageNet weights.
@@ -69,10 +71,6 @@ class TimmBackbone(Backbone):
         if weights:
             load_packaged_weights(body, weights)
         strides, channels = body.feature_info.reduction(), body.feature_info.channels()
-        self.body = body
-        frozen = _freeze(body, freeze_at)
-        modules = list(body.modules()) if freeze_bn else frozen
-        self._fixed_norms = [m for m in modules if isinstance(m, nn.BatchNorm2d)]
         # A power of two is one bit longer than its exponent: stride 4 is res2.
         self._levels = [f"res{stride.bit_length() - 1}" for stride in strides]
         self._out_features = list(out_features)
@@ -82,6 +80,14 @@ class TimmBackbone(Backbone):
                 f"MODEL.TIMM.OUT_FEATURES names {sorted(missing)}, but {name} has {self._levels} "
                 f"(strides {strides})."
             )
+        deepest = max(self._levels.index(level) for level in out_features)
+        if _cut_after(body, body.feature_info.module_name()[deepest]):
+            self._levels = self._levels[: deepest + 1]
+            strides, channels = strides[: deepest + 1], channels[: deepest + 1]
+        self.body = body
+        frozen = _freeze(body, freeze_at)
+        modules = list(body.modules()) if freeze_bn else frozen
+        self._fixed_norms = [m for m in modules if isinstance(m, nn.BatchNorm2d)]
         self._out_feature_strides = dict(zip(self._levels, strides, strict=True))
         self._out_feature_channels = dict(zip(self._levels, channels, strict=True))
 
@@ -117,6 +123,36 @@ def add_backbone_config(cfg: CfgNode) -> None:
     add_keys(cfg.MODEL, "TIMM", keys)
 
 
+def _own_name(body: nn.Module, end: str) -> str:
+    """Return under which name a model as features has a module of the whole model; "" if none."""
+    names = dict(body.named_modules())
+    # timm takes the children of a Sequential out of it.
+    return next((name for name in (end, end.replace(".", "_")) if name in names), "")
+
+
+def _cut_after(body: nn.Module, end: str) -> bool:
+    """
+    Remove what a model computes after a level that is the last one wanted.
+
+    It would cost time, and parameters without a gradient stop a training in several processes.
+
+    Args:
+        body: a timm model as features.
+        end: timm's name of the level's last module.
+
+    Returns:
+        Whether the model is a plain sequence, of which a part can be left out.
+    """
+    path, _, last = _own_name(body, end).rpartition(".")
+    parent = body.get_submodule(path)
+    if not last or not isinstance(parent, nn.Sequential | nn.ModuleDict):
+        return False
+    names = [name for name, _ in parent.named_children()]
+    for name in names[names.index(last) + 1 :]:
+        delattr(parent, name)
+    return True
+
+
 def _freeze(body: Any, freeze_at: int) -> list[nn.Module]:
     """
     Stop the training of a timm model's layers up to the level of stride 2 ** freeze_at.
@@ -135,7 +171,12 @@ def _freeze(body: Any, freeze_at: int) -> list[nn.Module]:
             f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but the timm model has no level of stride "
             f"{2**freeze_at}, only of {list(ends)}; set it to 0, or to the exponent of one of them."
         )
-    end = ends[2**freeze_at]
+    end = _own_name(body, ends[2**freeze_at])
+    if not end:
+        raise ValueError(
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}, but the timm model's level of that stride "
+            "is no module that could be frozen; set it to 0."
+        )
     # timm lists modules in the order in which they run.
     modules = list(body.named_modules())
     last = max(i for i, (name, _) in enumerate(modules) if f"{name}.".startswith(f"{end}."))

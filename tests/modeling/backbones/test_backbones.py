@@ -12,6 +12,7 @@ from torch import nn
 
 import kd_det.modeling  # noqa: F401
 from kd_det.config import add_kd_config
+from kd_det.modeling.backbones.timm_backbone import TimmBackbone
 from kd_det.modeling.norms import GroupNorm
 
 FROM_RES2 = ["res2", "res3", "res4", "res5"]
@@ -190,6 +191,24 @@ def test_freezing_a_net_whose_level_ends_in_an_activation() -> None:
     net = make_backbone(*opts, "MODEL.BACKBONE.FREEZE_AT", 1).bottom_up
     frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
     assert frozen == {"body.conv1.weight", "body.bn1.weight", "body.bn1.bias"}
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "resnet18", "convnext_atto"])
+def test_what_comes_after_the_last_level_is_left_out(name: str) -> None:
+    """A parameter without a gradient would stop a training in several processes."""
+    options = {"name": name, "pretrained": False, "in_channels": 3}
+    whole = TimmBackbone(**options, out_features=["res4", "res5"]).eval()
+    part = TimmBackbone(**options, freeze_at=2, out_features=["res3", "res4"]).eval()
+    part.load_state_dict({k: v for k, v in whole.state_dict().items() if k in part.state_dict()})
+    assert sum(p.numel() for p in part.parameters()) < sum(p.numel() for p in whole.parameters())
+    image = torch.rand(1, 3, 64, 64)
+    maps = part(image)
+    torch.testing.assert_close(maps["res4"], whole(image)["res4"])
+    assert list(part.output_shape()) == list(maps) == ["res3", "res4"]
+    sum(m.sum() for m in maps.values()).backward()
+    trained = [p.requires_grad for p in part.parameters()]
+    assert trained == [p.grad is not None for p in part.parameters()]
+    assert any(trained) and not all(trained)
 
 
 def test_missing_timm_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
