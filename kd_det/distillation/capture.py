@@ -118,9 +118,10 @@ class FeatureCapture:
         modules = dict(model.named_modules())
         for path in self.paths:
             if path.module not in modules:
+                pyramid = " A detector's pyramid is 'backbone'." if "backbone" in modules else ""
                 raise ValueError(
                     f"{type(model).__name__} has no module '{path.module}' to capture; "
-                    f"{nearest(path.module, (name for name in modules if name))}."
+                    f"{nearest(path.module, (name for name in modules if name))}.{pyramid}"
                 )
         self._modules = {path.module: modules[path.module] for path in self.paths}
 

@@ -150,6 +150,7 @@ def test_unknown_paths_name_the_nearest(text: str, near: str) -> None:
     with pytest.raises(ValueError, match=f"^Detector has no module '{text}' to capture") as error:
         FeatureCapture(Detector(), [CapturePath(text)])
     assert near in str(error.value)
+    assert str(error.value).endswith("A detector's pyramid is 'backbone'.")
 
 
 @pytest.mark.parametrize("fails", [False, True])
