@@ -2,7 +2,7 @@
 
 from kd_det.config.keys import add_kd_config
 from kd_det.config.reading import changed_settings, load_config
-from kd_det.config.roles import is_distillation, needs_teacher, student_cfg
+from kd_det.config.roles import is_distillation, needs_teacher, starts_trained, student_cfg
 
 __all__ = [
     "add_kd_config",
@@ -10,5 +10,6 @@ __all__ = [
     "is_distillation",
     "load_config",
     "needs_teacher",
+    "starts_trained",
     "student_cfg",
 ]

@@ -30,3 +30,9 @@ def is_distillation(cfg: CfgNode) -> bool:
 def needs_teacher(cfg: CfgNode) -> bool:
     """Return whether a config distils or inherits."""
     return is_distillation(cfg) and bool(cfg.KD.DISTILLERS or cfg.KD.INHERIT)
+
+
+def starts_trained(cfg: CfgNode) -> bool:
+    """Return whether the student, or its backbone, starts from trained weights."""
+    timm = cfg.MODEL.TIMM if cfg.MODEL.FPN.BOTTOM_UP == "timm" else None
+    return bool(cfg.MODEL.WEIGHTS or (timm and (timm.PRETRAINED or timm.WEIGHTS)))

@@ -18,7 +18,7 @@ import kd_det.zoo as zoo
 from kd_det.config.commented import commented_yaml
 from kd_det.config.own_data import OwnData
 from kd_det.config.reading import load_config
-from kd_det.config.roles import is_distillation
+from kd_det.config.roles import is_distillation, starts_trained
 from kd_det.distillers import DISTILLER_REGISTRY, distiller_class, node_name
 from kd_det.files import write_text
 from kd_det.text import nearest
@@ -174,12 +174,14 @@ def _strengths(
     """Return how hard each distiller pulls: as overridden, or as the student's config says."""
     found = {}
     for name in distillers:
-        node = cfg.KD.get(node_name(name))
+        node, method = cfg.KD.get(node_name(name)), distiller_class(name)
         if node is None:  # a label that the student's config does not know
             node = CfgNode()
-            distiller_class(name).add_config(node)
+            method.add_config(node)
+        own = method.share_of_trained if starts_trained(cfg) else method.share
         weight = overrides.get(f"KD.{node_name(name)}.WEIGHT", node.WEIGHT)
-        key, value = ("SHARE", node.SHARE) if weight is None else ("WEIGHT", weight)
+        share = own if node.SHARE is None else node.SHARE
+        key, value = ("SHARE", share) if weight is None else ("WEIGHT", weight)
         found[f"KD.{node_name(name)}.{key}"] = value
     return found
 

@@ -68,6 +68,7 @@ def distill(
     distillers: Sequence[Weighted | Distiller],
     *,
     max_iter: int = 0,
+    from_random: bool = False,
     view_factor: float = 1.0,
     view_interpolation: str = "bilinear",
     inherit: Sequence[str] = (),
@@ -82,6 +83,7 @@ def distill(
         teacher: from `load_teacher`, or a `Teacher` around any model.
         distillers: with their weights; one alone has a weight that sets itself.
         max_iter: iterations of the run; needed by weights that set themselves and by cosines.
+        from_random: the student starts from random weights, and some distillers pull harder then.
         view_factor, view_interpolation: of what the student sees, see KD.STUDENT.
         inherit, resample_levels, grad_share_period: see KD.INHERIT, KD.RESAMPLE_LEVELS and
             KD.GRAD_SHARE_PERIOD.
@@ -112,7 +114,7 @@ def distill(
         schedules={
             name: Schedule.from_config(cfg.KD[node_name(name)], max_iter) for name in by_name
         },
-        autos=auto_weights(cfg, by_name),
+        autos=auto_weights(cfg, by_name, trained=not from_random),
         view=View(view_factor, view_interpolation),
         inherit_patterns=list(inherit),
         resample_levels=resample_levels,

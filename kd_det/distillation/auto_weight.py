@@ -36,26 +36,30 @@ _START = 500
 Reduce = Callable[[Tensor], Tensor]
 
 
-def auto_weights(cfg: CfgNode, distillers: Mapping[str, Distiller]) -> dict[str, "AutoWeight"]:
+def auto_weights(
+    cfg: CfgNode, distillers: Mapping[str, Distiller], *, trained: bool
+) -> dict[str, "AutoWeight"]:
     """
     Return the weights that set themselves: those of distillers without a WEIGHT.
 
     Args:
         cfg: the full config.
         distillers: by entry of KD.DISTILLERS.
+        trained: whether the student starts from trained weights.
 
     Raises:
         ValueError: a distiller has a WEIGHT and a SHARE of its own; only one can hold.
     """
     out = {}
     for name, distiller in distillers.items():
-        node, default = cfg.KD[node_name(name)], CfgNode()
-        distiller.add_config(default)
+        node = cfg.KD[node_name(name)]
+        own = distiller.share_of_trained if trained else distiller.share
+        share = float(own if node.SHARE is None else node.SHARE)
         if node.WEIGHT is None:
             paths = ", ".join(sorted({s.student for s in distiller.captures() if s.student}))
             start = min(_START, cfg.SOLVER.MAX_ITER // 100)
-            out[name] = AutoWeight(name, float(node.SHARE), captured=paths, start=start)
-        elif node.SHARE != default.SHARE:
+            out[name] = AutoWeight(name, share, captured=paths, start=start)
+        elif node.SHARE is not None:
             key = f"KD.{node_name(name)}"
             raise ValueError(
                 f"{key}.WEIGHT is {node.WEIGHT} and {key}.SHARE {node.SHARE}: a given weight "

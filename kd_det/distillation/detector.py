@@ -16,7 +16,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from kd_det.config import student_cfg
+from kd_det.config import starts_trained, student_cfg
 from kd_det.distillation.activate import activate
 from kd_det.distillation.active import ActiveDistiller, LossDict, WeightSchedule
 from kd_det.distillation.auto_weight import AutoWeight, auto_weights
@@ -142,7 +142,7 @@ class DistillationDetector(nn.Module):
                 key: Schedule.from_config(cfg.KD[node_name(key)], cfg.SOLVER.MAX_ITER)
                 for key in distillers
             },
-            "autos": auto_weights(cfg, distillers),
+            "autos": auto_weights(cfg, distillers, trained=starts_trained(cfg)),
             "view": View(cfg.KD.STUDENT.VIEW_FACTOR, cfg.KD.STUDENT.VIEW_INTERPOLATION),
             "inherit_patterns": cfg.KD.INHERIT,
             "resample_levels": cfg.KD.RESAMPLE_LEVELS,

@@ -184,6 +184,8 @@ class Distiller(nn.Module):
         needs_boxes: whether `Step.targets` must hold the ground truth's boxes and classes.
         adapter: when paired student maps pass a convolution to the teacher's channels.
         adapter_kernel, adapter_bias: of that convolution.
+        share: what SHARE None means for a student that starts from random weights.
+        share_of_trained: the same for a student that starts from trained ones.
         guide: name of the capture of the teacher's predictions by which the student's own ground
             truth is assigned while the distiller has a weight; None leaves that to the student.
     """
@@ -194,6 +196,8 @@ class Distiller(nn.Module):
     adapter: AdapterMode = "never"
     adapter_kernel: int = 1
     adapter_bias: bool = False
+    share: ClassVar[float] = 0.3
+    share_of_trained: ClassVar[float] = 0.3
     guide: str | None = None
 
     @classmethod
@@ -206,8 +210,9 @@ class Distiller(nn.Module):
         # Scalar in front of the distiller's losses. None: it sets itself by SHARE.
         node.WEIGHT = None
         # Without a WEIGHT: how hard the distiller pulls on the student at first, as the ratio of
-        # its gradient's norm at the captured features to that of the detection losses.
-        node.SHARE = 1.0
+        # its gradient's norm at the captured features to that of the detection losses. None: the
+        # method's own, which for some depends on whether the student starts from random weights.
+        node.SHARE = None
         node.SCHEDULE = CfgNode()
         # Iterations of linear growth from 0 to the full weight; 0: none.
         node.SCHEDULE.WARMUP_ITERS = 0

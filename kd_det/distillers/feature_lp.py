@@ -33,8 +33,6 @@ class FeatureLp(PyramidDistiller):
     def add_config(cls, node: CfgNode) -> None:
         """Add the keys of KD.FEATURE_LP."""
         super().add_config(node)
-        # The largest numbers of a raw map lead the distance: at 1 and more it was seen to hurt.
-        node.SHARE = 0.3
         # "lp": the mean of |S - T|^P; "cosine": that of 1 - cos(S, T) over the channels of a cell.
         node.DISTANCE = "lp"
         # Exponent of the distance "lp": 1 or 2.

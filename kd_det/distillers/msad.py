@@ -32,7 +32,6 @@ class AlignedPyramid(PyramidDistiller):
     def add_config(cls, node: CfgNode) -> None:
         """Add the keys of KD.ALIGNED_PYRAMID."""
         super().add_config(node)
-        node.SHARE = 0.3  # as raw maps in `FeatureLp`
         # "fusion": the aligned teacher's fused pyramid; "detector.backbone@0" / "@1": its pyramid
         # of the full / reduced view (its MODEL.ALIGNED.EVAL_BRANCH must be "fused": the others run
         # one view only); "backbone": an ordinary teacher's.

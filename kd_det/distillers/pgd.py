@@ -76,6 +76,8 @@ class PGD(Distiller):
     config_key = "PGD"
     uses_class_scores = True
     needs_boxes = True
+    # Towers close to the losses, where the teacher is right.
+    share = 1.0
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:

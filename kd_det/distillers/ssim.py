@@ -26,13 +26,14 @@ class SSIM(PyramidDistiller):
     """Sum over paired levels of the mean structural dissimilarity."""
 
     config_key = "SSIM"
+    # Structure may lead where features are still to be learnt, and takes room where they are there.
+    share = 3.0
+    share_of_trained = 1.0
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:
         """Add the keys of KD.SSIM. The paper weighs it by lambda, 2 or 4."""
         super().add_config(node)
-        # Structure may lead: it gains most where it does, and was never seen to hurt below 10.
-        node.SHARE = 3.0
         # Odd number of cells per side of the window; "gaussian" of SIGMA cells, or "box".
         node.WINDOW_SIZE = 11
         node.SIGMA = 1.5
