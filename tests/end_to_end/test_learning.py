@@ -53,17 +53,25 @@ BY_HEART = [
     *["SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "300", "SOLVER.WARMUP_ITERS", "20"],
     *["SOLVER.WEIGHT_DECAY", "0.0", "INPUT.RANDOM_FLIP", "none"],
 ]
+# torchvision's deformable convolution takes a CPU long.
+NARROW = ["MODEL.FPN.OUT_CHANNELS", "32"]
+HEARTS = {
+    "autoassign": [],
+    "ddod": NARROW,
+    "reppoints": NARROW,
+    # Its towers have no norm: the other detectors' rate of 0.002 leaves 97 % of the box tower's
+    # ReLUs at zero, and every box stays what it was at first.
+    "fsaf": ["SOLVER.BASE_LR", "0.0007"],
+}
 
 
-@pytest.mark.parametrize("config", ["autoassign", "ddod", "reppoints", "fsaf"])
+@pytest.mark.parametrize("config", HEARTS)
 def test_a_detector_learns_four_images_by_heart(
     config: str, tmp_path: Path, four_shapes: Callable[..., str]
 ) -> None:
     four = f"('{four_shapes()}',)"
-    data = ["DATASETS.TRAIN", four, "DATASETS.TEST", four]
-    out = ["OUTPUT_DIR", str(tmp_path)]
-    width = ["MODEL.FPN.OUT_CHANNELS", "128" if config != "reppoints" else "32"]
-    own = [*BY_HEART, *width, *data, *out]
+    data = ["DATASETS.TRAIN", four, "DATASETS.TEST", four, "OUTPUT_DIR", str(tmp_path)]
+    own = [*BY_HEART, *HEARTS[config], *data]
     metrics = main(["--config-file", str(CONFIGS / f"{config}.yaml"), *own])
     assert metrics["bbox"]["AP"] > 80
 
