@@ -19,6 +19,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from kd_det.config import load_config
+from kd_det.data.catalog import register_coco_style
+from kd_det.data.shapes import make_shapes
+from kd_det.data.styles import V1, Style
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +44,20 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def tiny_records(tiny_data: dict[str, str]) -> list[dict[str, Any]]:
     """Its records, as Detectron2 loads them."""
     return list(DatasetCatalog.get(tiny_data["name"]))
+
+
+@pytest.fixture(scope="session")
+def four_shapes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Return the registered name of four images of the built-in shapes: `four_shapes(style)`."""
+    folder = tmp_path_factory.mktemp("four")
+
+    def get(style: Style = V1) -> str:
+        name = f"shapes{style.version}_four"
+        json_file = make_shapes(folder, split="four", num_images=4, size=style.size, style=style)
+        register_coco_style(name, json_file, json_file.parent / "images")
+        return name
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -42,21 +42,29 @@ class Scene(NamedTuple):
     def random(
         cls, grids: Sequence[Grid], size: tuple[int, int], count: int, device: str
     ) -> "Scene":
-        """Draw predictions, and boxes with log-uniform sides of 16 px to half of the image."""
+        """Draw predictions, and boxes by `random_boxes`."""
         generator = torch.Generator().manual_seed(0)
         points = grid_positions(grids).float()
         strides = torch.tensor([v.stride for v in grids for _ in range(v.height * v.width)])
         reach = torch.rand(2, len(points), 4, generator=generator) * 6 * strides[:, None]
-        extent = torch.tensor([size[1], size[0]])
-        sides = 16 * (extent / 32) ** torch.rand(2, count, 2, generator=generator)
-        corner = torch.rand(2, count, 2, generator=generator) * (extent - sides)
+        gt_boxes = random_boxes(size, 2, count, generator)
         return cls(
             logits=torch.randn(2, len(points), CLASSES, generator=generator).sub(2).to(device),
             boxes=torch.cat([points - reach[..., :2], points + reach[..., 2:]], dim=2).to(device),
-            gt_boxes=torch.cat([corner, corner + sides], dim=2),
+            gt_boxes=gt_boxes,
             gt_classes=torch.randint(0, CLASSES, (2, count), generator=generator),
             grids=grids,
         )
+
+
+def random_boxes(
+    size: tuple[int, int], images: int, count: int, generator: torch.Generator
+) -> Tensor:
+    """Draw (N, M, 4) boxes in images of (height, width), sides log-uniform from 16 px to half."""
+    extent = torch.tensor([size[1], size[0]])
+    sides = 16 * (extent / 32) ** torch.rand(images, count, 2, generator=generator)
+    corner = torch.rand(images, count, 2, generator=generator) * (extent - sides)
+    return torch.cat([corner, corner + sides], dim=2)
 
 
 def looped_targets(scene: Scene) -> list[Tensor]:

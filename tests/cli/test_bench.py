@@ -54,8 +54,8 @@ def test_a_file_is_a_benchmark_by_its_two_functions(tmp_path):
 
 def test_every_benchmark_is_found_with_a_summary():
     found = find_benchmarks(bench_folder())
-    assert {"msad", "pgd", "ssim"} <= set(found)
-    assert not {"measure", "options"} & set(found)
+    assert {"msad", "pgd", "ssim", "step", "targets"} <= set(found)
+    assert not {"measure", "options", "targets_scene", "targets_loops"} & set(found)
     assert all(10 < len(summary) < 90 for summary in found.values())
     assert bench_folder() == Path(__file__).parents[2] / "kd_det" / "bench"
 

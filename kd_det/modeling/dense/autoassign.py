@@ -158,7 +158,7 @@ class AutoAssign(SinglePredictionDetector):
         tau = self.options.temperature
         pos = positive_terms(confidence, prior, box, count, temperature=tau).sum()
 
-        overlap = _best_overlap(boxes.detach().view(len(gt_instances), -1, 4), gt_instances)
+        overlap = best_overlap(boxes.detach().view(len(gt_instances), -1, 4), gt_instances)
         share = foreground_share(overlap[row], box, count)
         weights = negative_weights(share, row, classes, probabilities)
         neg = negative_terms(probabilities * weights).sum()
@@ -183,7 +183,7 @@ class AutoAssign(SinglePredictionDetector):
 
 
 @torch.no_grad()
-def _best_overlap(boxes: Tensor, gt_instances: list[Instances]) -> Tensor:
+def best_overlap(boxes: Tensor, gt_instances: list[Instances]) -> Tensor:
     """Return (N * R,): the highest IoU of each predicted box (N, R, 4) with a box of its image."""
     targets = [instances.gt_boxes.tensor for instances in gt_instances]
     best = [

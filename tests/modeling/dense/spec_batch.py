@@ -46,6 +46,20 @@ def instances(boxes: Sequence[Sequence[float]], classes: Sequence[int]) -> Insta
     )
 
 
+TRUTH = [instances(BOXES, BOX_CLASSES), instances([], [])]
+# Three images: objects that overlap, none, and others.
+THREE = [*TRUTH, instances([[0, 0, 31, 30], [4, 4, 21, 12], [15, 15, 30, 29]], [0, 1, 1])]
+
+
+def flat(levels: list[Tensor]) -> Tensor:
+    """Return (N, R, channels) of maps (N, channels, H, W)."""
+    return torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1)
+
+
+def anchors_of(model: nn.Module) -> list[Tensor]:
+    return [x.tensor for x in model.anchor_generator(class_logits())]
+
+
 def losses(
     model: nn.Module, predictions: tuple[list[Tensor], ...], truth: list[Instances]
 ) -> dict[str, Tensor]:

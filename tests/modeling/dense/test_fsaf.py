@@ -1,4 +1,4 @@
-"""FSAF: MMDetection's numbers, loops over boxes, empty images, learning."""
+"""FSAF: MMDetection's numbers, loops over boxes."""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +8,13 @@ import pytest
 import spec_batch
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.structures import Instances, pairwise_iou
+from detectron2.structures import Instances
 from spec_batch import BOX_CLASSES, BOXES
-from tiny_dense import build_tiny, losses_of, make_image, no_objects, overfit, two_images
+from tiny_dense import build_tiny, losses_of, make_image
 from torch import Tensor, nn
 
 from kd_det.functional.fsaf import select_levels
 from kd_det.modeling.dense import fsaf
-from kd_det.modeling.dense.fsaf import FSAF
-from kd_det.modeling.msad.heads import heads_of
 
 PAPER_MARGIN = ("MODEL.FSAF.IGNORE", 0.5)
 GRID = [(8, r, c) for r in range(4) for c in range(4)]
@@ -211,25 +209,6 @@ def test_registered_head_and_its_start() -> None:
     assert not any(isinstance(module, nn.GroupNorm) for module in model.head.modules())
 
 
-def test_built_from_python_without_a_config() -> None:
-    made = build_tiny("fsaf")
-    parts = {"backbone": made.backbone, "head": made.head, "options": made.options}
-    again = FSAF(**parts, pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3)
-    assert set(losses_of(again, two_images())) == set(losses_of(made, two_images()))
-
-
-@pytest.mark.parametrize("batch", [[no_objects()], [no_objects(), two_images()[0]]])
-def test_images_without_objects(batch: list[dict]) -> None:
-    model = build_tiny("fsaf")
-    losses = losses_of(model, batch)
-    sum(losses.values()).backward()
-    for name, parameter in model.head.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    if len(batch) == 1:
-        assert losses["loss_fsaf_loc"] == 0 and losses["loss_fsaf_cls"] > 0
-        assert not model.head.bbox_pred.weight.grad.any()
-
-
 def test_no_gradient_through_the_choice_of_level_and_what_was_not_chosen() -> None:
     outputs = spec_outputs()
     leaves = [x.requires_grad_() for x in outputs[1]]
@@ -240,16 +219,6 @@ def test_no_gradient_through_the_choice_of_level_and_what_was_not_chosen() -> No
     # Box 0 has 5 and 6 on the first level and 19 on the second, which it chose; box 1 stays.
     assert trained[0].nonzero()[:, 0].tolist() == [10, 11, 14, 15, 19]
     assert not trained[1].any()
-
-
-def test_losses_are_float32_under_autocast() -> None:
-    model = build_tiny("fsaf")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = losses_of(model, two_images())
-    full = losses_of(model, two_images())
-    assert all(loss.dtype == torch.float32 for loss in half.values())
-    for name in full:
-        assert half[name].item() == pytest.approx(full[name].item(), rel=0.05), name
 
 
 def test_images_of_other_sizes_in_one_batch() -> None:
@@ -266,21 +235,6 @@ def test_images_of_other_sizes_in_one_batch() -> None:
     torch.testing.assert_close(mixed["loss_fsaf_loc"], same["loss_fsaf_loc"])
 
 
-def test_learns_two_images() -> None:
-    model = build_tiny("fsaf")
-    batch = two_images()
-    totals = overfit(model, batch, steps=30)
-    assert totals[-1] < 0.5 * totals[0]
-    model.eval()
-    with torch.no_grad():
-        results = model(batch)
-    for found, image in zip(results, batch, strict=True):
-        best = found["instances"][: len(image["instances"])]
-        iou, match = pairwise_iou(best.pred_boxes, image["instances"].gt_boxes).max(dim=1)
-        assert (iou > 0.6).all()
-        assert torch.equal(best.pred_classes, image["instances"].gt_classes[match])
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -292,8 +246,3 @@ def test_learns_two_images() -> None:
 def test_options_out_of_range(key: str, value: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_tiny("fsaf", f"MODEL.FSAF.{key}", value)
-
-
-def test_no_aligned_teacher_of_it() -> None:
-    with pytest.raises(TypeError, match=r"names a FSAF, which does not say"):
-        heads_of(build_tiny("fsaf"))

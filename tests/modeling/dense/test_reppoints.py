@@ -1,4 +1,4 @@
-"""RepPoints: numbers of another implementation, gradients of its points, empty images, learning."""
+"""RepPoints: numbers of another implementation, gradients of its points."""
 
 import math
 from collections.abc import Sequence
@@ -8,18 +8,23 @@ import pytest
 import spec_batch
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.structures import Instances, pairwise_iou
+from detectron2.structures import Instances
 from detectron2.utils.events import EventStorage
-from spec_batch import BOX_CLASSES, BOXES, class_logits, instances, maps
-from tiny_dense import build_tiny, losses_of, make_image, no_objects, overfit, two_images
+from spec_batch import (
+    THREE,
+    TRUTH,
+    anchors_of,
+    class_logits,
+    flat,
+    maps,
+)
+from tiny_dense import build_tiny, two_images
 from torch import Tensor, nn
 
 from kd_det.distillers.predictions import decoder_of
 from kd_det.modeling.dense.reppoints import RepPoints, RepPointsOptions
 from kd_det.modeling.dense.reppoints_head import RepPointsHead
-from kd_det.modeling.msad.heads import heads_of
 
-TRUTH = [instances(BOXES, BOX_CLASSES), instances([], [])]
 NAMES = ["loss_reppoints_cls", "loss_reppoints_init", "loss_reppoints_refine"]
 # The taps of a 3x3 kernel, (y, x).
 TAPS = torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2)).flatten().double()
@@ -46,14 +51,6 @@ def refined_points(n: Tensor, p: Tensor, c: Tensor) -> Tensor:
 def predictions(images: Sequence[int] = (0, 1)) -> tuple[Maps, ...]:
     points = maps(18, refined_points, images), maps(18, first_points, images)
     return class_logits(images), *points
-
-
-def flat(levels: Maps) -> Tensor:
-    return torch.cat([x.flatten(2).transpose(1, 2) for x in levels], dim=1)
-
-
-def anchors_of(model: nn.Module) -> list[Tensor]:
-    return [x.tensor for x in model.anchor_generator(class_logits())]
 
 
 @pytest.mark.parametrize(
@@ -139,16 +136,11 @@ def test_losses_against_loops(seed: int) -> None:
     logits = torch.randn(3, 20, 2, generator=generator)
     initial = TAPS.float() + torch.randn(3, 20, 18, generator=generator)
     refined = initial + 0.5 * torch.randn(3, 20, 18, generator=generator)
-    truth = [
-        instances(BOXES, BOX_CLASSES),
-        instances([], []),
-        instances([[0, 0, 31, 30], [4, 4, 21, 12], [15, 15, 30, 29]], [0, 1, 1]),
-    ]
     outputs = [logits, refined, initial]
     with torch.no_grad():
-        expected = losses_with_loops(model, outputs, truth)
+        expected = losses_with_loops(model, outputs, THREE)
     with EventStorage():
-        found = model.losses_of_batch(outputs, anchors_of(model), truth)
+        found = model.losses_of_batch(outputs, anchors_of(model), THREE)
     assert [x.item() for x in found.values()] == pytest.approx(expected, rel=1e-4)
 
 
@@ -225,89 +217,6 @@ def test_registered_and_named() -> None:
     assert RepPointsOptions().num_convs == 3 and RepPointsOptions().nms_thresh_test == 0.5
 
 
-def test_imported_with_arguments_instead_of_a_config() -> None:
-    built = build_tiny("reppoints")
-    options = RepPointsOptions(num_classes=3, num_convs=1, in_features=["p3", "p4", "p5"])
-    model = RepPoints(
-        backbone=built.backbone,
-        head=RepPoints.build_head(options, [built.backbone.output_shape()["p3"]] * 3),
-        options=options,
-        pixel_mean=[0.0] * 3,
-        pixel_std=[1.0] * 3,
-    )
-    assert model.state_dict().keys() == built.state_dict().keys()
-    assert losses_of(model, two_images()).keys() == losses_of(built, two_images()).keys()
-
-
-@pytest.mark.parametrize("batch", [[no_objects()], [no_objects(), two_images()[0]]])
-@pytest.mark.parametrize("transform", ["moment", "minmax", "partial_minmax"])
-def test_images_without_objects(batch: list[dict], transform: str) -> None:
-    model = build_tiny("reppoints", "MODEL.REPPOINTS.TRANSFORM", transform)
-    losses = losses_of(model, batch)
-    sum(losses.values()).backward()
-    for name, parameter in model.head.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    if len(batch) == 1:
-        assert losses["loss_reppoints_init"] == 0 and losses["loss_reppoints_refine"] == 0
-        assert losses["loss_reppoints_cls"] > 0
-        assert not model.head.bbox_pred.weight.grad.any()
-
-
-def test_images_of_different_sizes() -> None:
-    """Cells on padding are background: the losses are those of one padded by hand."""
-    small, large = make_image([[4, 4, 40, 36]], [0]), two_images()[0]
-    large["image"] = nn.functional.pad(large["image"], (0, 32, 0, 32))
-    large["instances"] = Instances((96, 128), **large["instances"].get_fields())
-    model = build_tiny("reppoints")
-    losses = {k: v.item() for k, v in losses_of(model, [small, large]).items()}
-    # The mean of the channels is what padding is after normalising.
-    canvas = model.pixel_mean.expand(3, 96, 128).clone()
-    canvas[:, :64, :96] = small["image"]
-    padded = {"image": canvas, "instances": Instances((96, 128), **small["instances"].get_fields())}
-    found = {k: v.item() for k, v in losses_of(model, [padded, large]).items()}
-    assert found == pytest.approx(losses, rel=1e-4)
-
-
-def test_losses_are_float32_under_autocast() -> None:
-    model = build_tiny("reppoints")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = losses_of(model, two_images())
-        images = model.preprocess_image(two_images())
-        features = model.backbone(images.tensor)
-        _, refined, initial = model.head([features[name] for name in model.head_in_features])
-    full = losses_of(model, two_images())
-    assert all(loss.dtype == torch.float32 for loss in half.values())
-    assert all(x.dtype == torch.float32 for x in (*refined, *initial))
-    for name in full:
-        assert half[name].item() == pytest.approx(full[name].item(), rel=0.05), name
-
-
-def test_losses_fall() -> None:
-    totals = overfit(build_tiny("reppoints"), two_images(), steps=30)
-    assert totals[-1] < 0.5 * totals[0]
-
-
-@pytest.mark.slow
-def test_learns_two_images() -> None:
-    """Its first boxes are tiny, so that it takes longer than others."""
-    model = build_tiny("reppoints")
-    batch = two_images()
-    overfit(model, batch, steps=200)
-    model.eval()
-    with torch.no_grad():
-        results = model(batch)
-    for found, image in zip(results, batch, strict=True):
-        best = found["instances"][: len(image["instances"])]
-        iou, match = pairwise_iou(best.pred_boxes, image["instances"].gt_boxes).max(dim=1)
-        assert (iou > 0.6).all()
-        assert torch.equal(best.pred_classes, image["instances"].gt_classes[match])
-
-
-def test_no_aligned_teacher_shares_targets_that_depend_on_predictions() -> None:
-    with pytest.raises(TypeError, match="RepPoints, which does not say that it assigns"):
-        heads_of(build_tiny("reppoints"))
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -319,3 +228,12 @@ def test_no_aligned_teacher_shares_targets_that_depend_on_predictions() -> None:
 def test_values_out_of_range(key: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=rf"MODEL\.REPPOINTS\.{message}"):
         build_tiny("reppoints", f"MODEL.REPPOINTS.{key}", value)
+
+
+def test_points_are_float32_under_autocast() -> None:
+    model = build_tiny("reppoints")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = model.preprocess_image(two_images())
+        features = model.backbone(images.tensor)
+        _, refined, initial = model.head([features[name] for name in model.head_in_features])
+    assert all(x.dtype == torch.float32 for x in (*refined, *initial))
