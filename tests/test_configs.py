@@ -38,7 +38,8 @@ def test_config_builds(path: Path) -> None:
     assert not teacher or Path(teacher).is_file(), teacher
 
 
-SMALL = [path for path in CONFIGS if path.parent.name in ("shapes", "shapes2", "aquarium")]
+OURS = ("shapes", "shapes2", "aquarium", "quickstart", "methods", "detectors")
+SMALL = [path for path in CONFIGS if path.parent.name in OURS]
 
 
 @pytest.mark.parametrize("path", SMALL, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -21,7 +21,7 @@ Case = tuple[Path, tuple[str, ...]]
 
 def arms() -> dict[str, Case]:
     """The different configs of all recipes, and those that no recipe has."""
-    found = {f"shapes/{name}": (FOLDER / "shapes" / f"{name}.yaml", ()) for name in FAST}
+    found = {f"detectors/{name}": (FOLDER / "detectors" / f"{name}.yaml", ()) for name in FAST}
     for path in filter(is_recipe, sorted(FOLDER.rglob("*.yaml"))):
         recipe = read_recipe(str(path))
         cases = [("teacher", recipe.teacher, ())]
