@@ -24,6 +24,13 @@ _WITHOUT_C = (
 )
 
 
+# The archive's metadata is not used: it pins old tools, and names a URL, which pip >= 26.3 refuses.
+_INSTALL = (
+    'uv pip install "setuptools>=77,<80" wheel "omegaconf>=2.1,<2.4" "iopath<0.1.10" '
+    '"hydra-core>=1.1" cloudpickle && uv pip install --no-build-isolation --no-deps '
+    "-C=--global-option=build_py -C=--build-option=--skip-build pb1-detectron2==0.6"
+)
+
 # Names that numpy removed. In 1.24 (bool is back since 2.0): Detectron2 0.6 has them in its masks,
 # in its evaluators of Pascal VOC and semantic segmentation and in its reader of Pascal VOC, lvis
 # 0.5 in its evaluator. In 2.4: cityscapesscripts 2.3 has in1d, and gives the result a shape itself.
@@ -70,7 +77,8 @@ def install() -> None:
         raise ImportError(
             "kd_det needs Detectron2, and none is installed. Either install it from its repository "
             "(see its INSTALL.md), or run `uv sync` in kd_det's folder, which adds the Python "
-            "files of Detectron2 0.6 from the package index."
+            "files of Detectron2 0.6 from the package index. Without that folder, `uv pip install` "
+            f"gets them too:\n{_INSTALL}"
         )
     # Detectron2 scripts a few functions at import; nothing a user of kd_det could change.
     warnings.filterwarnings("ignore", message=r"`torch\.jit", category=FutureWarning)

@@ -16,6 +16,20 @@ def cache_root() -> Path:
     return Path(os.environ.get("KD_DET_CACHE") or Path.home() / ".cache" / "kd_det")
 
 
+def offer_shipped(path: str | os.PathLike[str]) -> str:
+    """Return a sentence for a message where kd_det ships the config that is missing; else ""."""
+    package = Path(__file__).parent
+    inside = package / "shipped"  # of a wheel; a checkout has them at its root
+    root = inside if inside.is_dir() else package.parent
+    parts = Path(path).parts
+    if "configs" not in parts:
+        return ""
+    tail = parts[len(parts) - 1 - parts[::-1].index("configs") :]
+    if not root.joinpath(*tail).is_file():
+        return ""
+    return f" kd_det ships {'/'.join(tail)}: `kd-det configs` copies the configs here."
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """Return the sha256 of a file, in hex."""
     digest = hashlib.sha256()

@@ -10,9 +10,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from kd_det_cli import bench, compare, distill, show, zoo
+from kd_det_cli import bench, compare, configs, distill, show, train, zoo
 
-COMMANDS = {"distill": distill, "compare": compare, "show": show, "bench": bench, "zoo": zoo}
+COMMANDS = {
+    "distill": distill,
+    "train": train,
+    "compare": compare,
+    "show": show,
+    "bench": bench,
+    "zoo": zoo,
+    "configs": configs,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from kd_det.config.keys import add_kd_config, add_labelled_nodes
 from kd_det.config.plugins import import_plugins
 from kd_det.config.roles import is_distillation
 from kd_det.config.safe_yaml import parse_yaml
+from kd_det.files import offer_shipped
 from kd_det.text import nearest
 
 CN = CfgNode
@@ -155,6 +156,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"Config file {path} does not exist (working directory {os.getcwd()})."
+            f"{offer_shipped(path)}"
         )
     if path.endswith(".py"):
         raise ValueError(

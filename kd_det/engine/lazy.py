@@ -66,7 +66,7 @@ class LazyTrainer(DistillationTrainer):
         # A list of records does not go through a config, which would copy each of them.
         options = {k: instantiate(v) for k, v in node.items() if k not in ("_target_", "dataset")}
         dataset = instantiate(node.dataset)
-        self._sampler = options["sampler"] = ResumableSampler(len(dataset))
+        self._sampler = options["sampler"] = ResumableSampler.like_stock(cfg, dataset)
         return build_detection_train_loader(dataset, **options)
 
     @classmethod

@@ -4,12 +4,13 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data.build import _train_loader_from_config
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
@@ -65,6 +66,19 @@ class ResumableSampler(TrainingSampler):
 
     def __iter__(self) -> Iterator[int]:
         yield from itertools.islice(super().__iter__(), self.skip, None)
+
+    @classmethod
+    def like_stock(cls, cfg: CfgNode, dataset: Sequence[Any]) -> "ResumableSampler":
+        """
+        Build one that gives the order of Detectron2's own.
+
+        Detectron2 0.6 draws its seed, later versions take cfg.SEED.
+        """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.SAMPLER_TRAIN = "TrainingSampler"
+        stock = _train_loader_from_config(cfg, mapper=dict, dataset=dataset)["sampler"]
+        return cls(len(dataset), seed=stock._seed)
 
 
 class DistillationTrainer(DefaultTrainer):
@@ -139,7 +153,7 @@ class DistillationTrainer(DefaultTrainer):
             model = student_cfg(cfg).MODEL.META_ARCHITECTURE
             check_classes(dataset, cfg.DATASETS.TRAIN, model=model, num_classes=classes)
         if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
-            self._sampler = ResumableSampler(len(dataset))
+            self._sampler = ResumableSampler.like_stock(cfg, dataset)
         return build_detection_train_loader(
             cfg, mapper=CheckedDatasetMapper(cfg, True), dataset=dataset, sampler=self._sampler
         )

@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from kd_det.config.safe_yaml import parse_yaml
+from kd_det.files import offer_shipped
 from kd_det.text import nearest
 
 _RECIPE_KEYS = ("name", "teacher", "baseline", "seeds", "overrides", "comparisons", "arms")
@@ -133,7 +134,7 @@ def read_recipe(path: str) -> Recipe:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise RecipeError(f"Recipe {file} does not exist.")
+        raise RecipeError(f"Recipe {file} does not exist.{offer_shipped(file)}")
     try:
         content = parse_yaml(file.read_text(encoding="utf-8"), str(file))
     except (ValueError, yaml.YAMLError) as error:

@@ -28,6 +28,8 @@ print(sorted(heavy), usage.ru_utime + usage.ru_stime, file=sys.stderr)
         [],
         ["--help"],
         ["distill", "--help"],
+        ["train", "--help"],
+        ["configs", "--help"],
         ["compare", "--help"],
         ["bench", "--help"],
         ["show", "pgd", "--help"],
@@ -46,12 +48,12 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
 def test_help_says_what_each_command_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     shown = " ".join(capsys.readouterr().out.split())
-    assert set(COMMANDS) == {"distill", "compare", "show", "bench", "zoo"}
+    assert set(COMMANDS) == {"distill", "train", "compare", "show", "bench", "zoo", "configs"}
     assert "compare Train what a recipe names, and report what each arm gains" in shown
     assert "bench Measure speed and memory side by side with other implementations" in shown
 
 
 def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["train"])
+        main(["trian"])
     assert "compare" in capsys.readouterr().err

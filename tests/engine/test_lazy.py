@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import tiny_runs
+import tiny_vit
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
 
 from kd_det.config import load_config, student_cfg
@@ -27,8 +28,11 @@ import torch
 from kd_det import Weighted, distill, load_teacher
 from kd_det.config import load_config, student_cfg
 from kd_det.data import CheckedDatasetMapper
+from kd_det.data.catalog import register_from_config
 from kd_det.distillers import FeatureLp
 from kd_det.evaluation.coco import COCODetectionEvaluator
+
+register_from_config(load_config("YAML").KD.DATASETS)
 
 def student(yaml):
     return build_model(student_cfg(load_config(yaml)))
@@ -80,11 +84,16 @@ def pair(
     tiny_student: Callable[..., CfgNode],
     tmp_path: Path,
 ) -> Callable[..., tuple[Path, Path]]:
-    """Write a yaml run and its LazyConfig: `pair(detector, weight)`."""
+    """Write a yaml run and its LazyConfig: `pair(detector, weight, teacher)`."""
 
-    def get(detector: str = "retinanet", weight: float | None = 0.001) -> tuple[Path, Path]:
-        teacher = tiny_teacher(detector)
+    def get(
+        detector: str = "retinanet",
+        weight: float | None = 0.001,
+        teacher: tiny_runs.TinyTeacher | None = None,
+    ) -> tuple[Path, Path]:
+        teacher = teacher or tiny_teacher(detector)
         keys = {
+            "KD.DATASETS": [tiny_data],
             "KD.FEATURE_LP.WEIGHT": weight,
             "SOLVER.MAX_ITER": 4,
             "SOLVER.CHECKPOINT_PERIOD": 2,
@@ -183,6 +192,55 @@ class TestRuns:
         tiny_student("fcos", teacher, {"KD.TEACHER.WEIGHTS": "auto"}, "taught")
         with pytest.raises(FileNotFoundError, match=r"do not exist\. Train it first.*lazy\.py"):
             main(["--config-file", str(file.parent / "taught.yaml")])
+
+
+@pytest.mark.slow
+def test_several_processes_take_the_yamls_steps_and_resume(
+    pair: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    yaml_file, lazy_file = pair()
+    tiny_runs.torchrun(yaml_file)
+    tiny_runs.torchrun(lazy_file)
+    parts = f"train.output_dir={tmp_path / 'parts'}"
+    tiny_runs.torchrun(
+        lazy_file, parts, "train.max_iter=2", "lr_multiplier.scheduler.num_updates=4"
+    )
+    (tmp_path / "parts" / "model_final.pth").unlink()
+    (tmp_path / "parts" / "last_checkpoint").write_text("model_0000001.pth")
+    tiny_runs.torchrun(lazy_file, "--resume", parts)
+    ours = [checkpoint(tmp_path / name) for name in ("yaml_run", "lazy_run", "parts")]
+    assert tiny_runs.equal_states(ours[0]["model"], ours[1]["model"])
+    assert tiny_runs.equal_states(ours[0]["kd"], ours[1]["kd"])
+    assert tiny_runs.equal_states(ours[1]["model"], ours[2]["model"])
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_a_vitdet_teaches_a_retinanet(
+    pair: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher is a LazyConfig; what it teaches trains, resumes, evaluates and ships alone."""
+    config = Path(tiny_vit.__file__)
+    torch.manual_seed(1)
+    weights = tmp_path / "vit.pth"
+    torch.save({"model": instantiate(LazyConfig.load(str(config)).model).state_dict()}, weights)
+    yaml_file, file = pair(teacher=tiny_runs.TinyTeacher(config, weights))
+    words = ["--config-file", str(file)]
+    whole = main(words)
+    other = [f"train.output_dir={tmp_path / 'parts'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr("kd_det.engine.lazy.LazyTrainer.build_hooks", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main([*words, *other])
+    main([*words, "--resume", *other])
+    ours = checkpoint(tmp_path / "lazy_run")
+    assert tiny_runs.equal_states(ours["model"], checkpoint(tmp_path / "parts")["model"])
+    assert losses(tmp_path / "lazy_run")["loss_kd_feature_lp"] > 0
+    levels = {key.rsplit(".", 1)[0] for key in ours["kd"]["adapters"]}
+    assert levels == {f"FeatureLp-features.{i}" for i in range(3)}  # p3, p4, p5
+    build_model(student_cfg(load_config(str(yaml_file)))).load_state_dict(ours["model"])
+    monkeypatch.setattr("kd_det.distillation.api.build_teacher", _no_teacher)
+    again = main([*words, "--eval-only"])
+    assert again["bbox"] == pytest.approx(whole["bbox"], nan_ok=True)
 
 
 def _interrupted(self: Any) -> Any:
