@@ -152,18 +152,18 @@ def test_half_precision_and_empty_detections_are_taken(crowd):
     assert evaluator.evaluate()["bbox"]["recall"] > 0
 
 
-def test_the_rules_come_from_the_config(crowd):
+def test_the_rules_come_from_the_config(crowd, tmp_path):
     cfg = get_cfg()
     add_kd_config(cfg)
     found = {}
     for rules in ("official", "smooth"):
         cfg.TEST.CROWDHUMAN_RULES = rules
-        evaluator = build_evaluator(cfg, NAME, "")
+        evaluator = build_evaluator(cfg, NAME, str(tmp_path))
         found[rules] = inference_on_dataset(oracle, [crowd], evaluator)["bbox"]["AP"]
     assert found["official"] < found["smooth"] == 100
     cfg.TEST.CROWDHUMAN_RULES = "offical"
     with pytest.raises(ValueError, match=r"is 'offical'; expected one of \['official', 'smooth'"):
-        build_evaluator(cfg, NAME, "")
+        build_evaluator(cfg, NAME, str(tmp_path))
 
 
 def test_what_does_not_belong_is_refused(crowd):
