@@ -13,6 +13,7 @@ from kd_det.config import (
     changed_settings,
     is_distillation,
     load_config,
+    starts_trained,
     student_cfg,
 )
 from kd_det.text import nearest
@@ -334,6 +335,22 @@ class TestStudent:
                 }
             )
         )
+
+    @pytest.mark.parametrize(
+        ("key", "value", "bottom_up", "trained"),
+        [
+            ("MODEL.WEIGHTS", "", "resnet", False),
+            ("MODEL.WEIGHTS", "detectron2://any.pkl", "resnet", True),
+            ("MODEL.TIMM.PRETRAINED", True, "timm", True),
+            ("MODEL.TIMM.WEIGHTS", "package://any", "timm", True),
+            ("MODEL.TIMM.WEIGHTS", "package://any", "resnet", False),
+        ],
+    )
+    def test_whether_it_starts_trained(
+        self, cfg: CfgNode, key: str, value: Any, bottom_up: str, trained: bool
+    ) -> None:
+        cfg.merge_from_list([key, value, "MODEL.FPN.BOTTOM_UP", bottom_up])
+        assert starts_trained(cfg) is trained
 
     def test_is_plain(self, cfg: CfgNode) -> None:
         plain = student_cfg(cfg)

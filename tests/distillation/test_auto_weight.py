@@ -236,6 +236,24 @@ class TestInARun:
         with pytest.raises(ValueError, match=message):
             build_model(tiny_student("fcos", tiny_teacher("fcos"), keys))
 
+    def test_a_share_of_its_own_follows_how_the_student_starts(
+        self, tiny_student: Student, tiny_teacher: MakeTeacher
+    ) -> None:
+        """SSIM leads where features are still to be learnt; a given SHARE always holds."""
+        keys = {**self.keys(), "KD.DISTILLERS": ["SSIM", "FeatureLp"]}
+        keys["KD.FEATURE_LP.SHARE"] = None
+        found = []
+        for more in ({}, {"MODEL.WEIGHTS": "any.pth"}, {"KD.SSIM.SHARE": 0.7}):
+            model = build_model(
+                tiny_student("fcos", tiny_teacher("fcos"), {**keys, **more}, name=str(len(found)))
+            )
+            found.append({name: active.auto.share for name, active in model.active.items()})
+        assert found == [
+            {"SSIM": 3.0, "FeatureLp": 0.3},
+            {"SSIM": 1.0, "FeatureLp": 0.3},
+            {"SSIM": 0.7, "FeatureLp": 0.3},
+        ]
+
     def test_what_cannot_be_moved_is_refused_at_the_first_step(
         self,
         tiny_student: Student,
