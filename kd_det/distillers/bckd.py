@@ -28,6 +28,7 @@ class BCKD(Distiller):
     """Class scores ("cls") and boxes ("loc") of two dense heads, position by position."""
 
     config_key = "BCKD"
+    share = share_of_trained = 1.0
     uses_class_scores = True
 
     @classmethod

@@ -49,6 +49,7 @@ class CrossKD(Distiller):
     """Class scores ("cls") and boxes ("reg") that the teacher's head reads from the student."""
 
     config_key = "CROSSKD"
+    share = share_of_trained = 1.0
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:

@@ -30,6 +30,7 @@ class FGD(PyramidDistiller):
     """The focal terms ("fg", "bg", "attention") and the global one ("global")."""
 
     config_key = "FGD"
+    share = share_of_trained = 1.0
     needs_boxes = True
 
     @classmethod

@@ -41,6 +41,7 @@ class LD(Distiller):
     """Sides of boxes ("main", "vlr") and classes ("kd") of two detectors like GFL."""
 
     config_key = "LD"
+    share = share_of_trained = 1.0
     needs_boxes = True
 
     @classmethod

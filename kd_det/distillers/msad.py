@@ -27,6 +27,7 @@ class AlignedPyramid(PyramidDistiller):
     """
 
     config_key = "ALIGNED_PYRAMID"
+    share_of_trained = 1.0
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:

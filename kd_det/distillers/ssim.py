@@ -28,7 +28,6 @@ class SSIM(PyramidDistiller):
     config_key = "SSIM"
     # Structure may lead where features are still to be learnt, and takes room where they are there.
     share = 3.0
-    share_of_trained = 1.0
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:

@@ -250,7 +250,7 @@ class TestInARun:
             found.append({name: active.auto.share for name, active in model.active.items()})
         assert found == [
             {"SSIM": 3.0, "FeatureLp": 0.3},
-            {"SSIM": 1.0, "FeatureLp": 0.3},
+            {"SSIM": 0.3, "FeatureLp": 0.3},
             {"SSIM": 0.7, "FeatureLp": 0.3},
         ]
 
