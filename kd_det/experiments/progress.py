@@ -82,7 +82,7 @@ class Estimator:
         """Return a word on each run under way."""
         return [
             f"{run.title} {self._iteration.get(run, 0)}/{run.iterations}"
-            if self._phase.get(run) != "eval"
+            if run.iterations and self._phase.get(run) != "eval"
             else f"{run.title} evaluation"
             for run in self._began
             if run not in self._finished
