@@ -20,6 +20,7 @@ from kd_det.config.own_data import OwnData
 from kd_det.config.reading import load_config
 from kd_det.config.roles import is_distillation, starts_trained
 from kd_det.distillers import DISTILLER_REGISTRY, distiller_class, node_name
+from kd_det.distillers.shares import share_of
 from kd_det.files import write_text
 from kd_det.text import nearest
 
@@ -178,9 +179,8 @@ def _strengths(
         if node is None:  # a label that the student's config does not know
             node = CfgNode()
             method.add_config(node)
-        own = method.share_of_trained if starts_trained(cfg) else method.share
         weight = overrides.get(f"KD.{node_name(name)}.WEIGHT", node.WEIGHT)
-        share = own if node.SHARE is None else node.SHARE
+        share = share_of(method, node, trained=starts_trained(cfg))
         key, value = ("SHARE", share) if weight is None else ("WEIGHT", weight)
         found[f"KD.{node_name(name)}.{key}"] = value
     return found

@@ -21,6 +21,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from kd_det.distillers import Distiller, node_name
+from kd_det.distillers.shares import share_of
 from kd_det.functional.reduce import sum_over_processes
 
 _logger = logging.getLogger(__name__)
@@ -53,11 +54,10 @@ def auto_weights(
     out = {}
     for name, distiller in distillers.items():
         node = cfg.KD[node_name(name)]
-        own = distiller.share_of_trained if trained else distiller.share
-        share = float(own if node.SHARE is None else node.SHARE)
         if node.WEIGHT is None:
             paths = ", ".join(sorted({s.student for s in distiller.captures() if s.student}))
             start = min(_START, cfg.SOLVER.MAX_ITER // 100)
+            share = share_of(distiller, node, trained=trained)
             out[name] = AutoWeight(name, share, captured=paths, start=start)
         elif node.SHARE is not None:
             key = f"KD.{node_name(name)}"

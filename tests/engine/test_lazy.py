@@ -126,6 +126,16 @@ def checkpoint(folder: Path, name: str = "model_final") -> Any:
     return torch.load(folder / f"{name}.pth", weights_only=True)
 
 
+def train_in_parts(words: list[str], out: Path) -> None:
+    """Train into a folder, interrupted and resumed."""
+    other = [f"train.output_dir={out}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kd_det.engine.lazy.LazyTrainer.build_hooks", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main([*words, *other])
+    main([*words, "--resume", *other])
+
+
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 class TestRuns:
     @pytest.mark.parametrize("weight", [0.001, None], ids=["given", "sets itself"])
@@ -153,12 +163,7 @@ class TestRuns:
         _, file = pair()
         words = ["--config-file", str(file)]
         whole = main(words)
-        other = [f"train.output_dir={tmp_path / 'parts'}"]
-        with monkeypatch.context() as patch:
-            patch.setattr("kd_det.engine.lazy.LazyTrainer.build_hooks", _interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                main([*words, *other])
-        main([*words, "--resume", *other])
+        train_in_parts(words, tmp_path / "parts")
         states = [checkpoint(tmp_path / name)["model"] for name in ("lazy_run", "parts")]
         assert tiny_runs.equal_states(*states)
         monkeypatch.setattr("kd_det.distillation.api.build_teacher", _no_teacher)
@@ -226,12 +231,7 @@ def test_a_vitdet_teaches_a_retinanet(
     yaml_file, file = pair(teacher=tiny_runs.TinyTeacher(config, weights))
     words = ["--config-file", str(file)]
     whole = main(words)
-    other = [f"train.output_dir={tmp_path / 'parts'}"]
-    with monkeypatch.context() as patch:
-        patch.setattr("kd_det.engine.lazy.LazyTrainer.build_hooks", _interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            main([*words, *other])
-    main([*words, "--resume", *other])
+    train_in_parts(words, tmp_path / "parts")
     ours = checkpoint(tmp_path / "lazy_run")
     assert tiny_runs.equal_states(ours["model"], checkpoint(tmp_path / "parts")["model"])
     assert losses(tmp_path / "lazy_run")["loss_kd_feature_lp"] > 0
