@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -25,6 +26,10 @@ BLOCKS = {
     "test": (230, 234, 246, 254, 258, 832, 845, 853, 857),
 }
 SPLITS = ("train", *BLOCKS)
+#: Parts of few and large animals, by the splits they are taken from: an easy set beside a hard one.
+LARGE = {"large_train": ("train",), "large_test": ("val", "test")}
+#: Bounds of LARGE: boxes of a photograph, and their median area as part of it.
+MAX_BOXES, MIN_MEDIAN_AREA = 10, 0.015
 SHORT_SIDE = 256
 
 
@@ -90,9 +95,35 @@ def make_aquarium(source: Path, out: Path) -> None:
         if image["file_name"] not in files:
             raise FileNotFoundError(f"{source} lacks {image['file_name']}, which a *.json names")
         _add(made[split_of(image["file_name"])], image, annotations, files, out)
+    for name, parts in LARGE.items():
+        made[name] = few_and_large([made[part] for part in parts])
     for split, content in made.items():
         lines = json.dumps(content).replace('{"id"', '\n{"id"')
         (out / "annotations" / f"{split}.json").write_text(lines + "\n")
+
+
+def few_and_large(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """
+    Return the photographs with 1 to MAX_BOXES boxes of a median area of at least MIN_MEDIAN_AREA.
+
+    Args:
+        contents: in COCO format, of the same categories; one after the other, numbered anew.
+    """
+    out: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": contents[0]["categories"],
+    }
+    for image, annotations in _records(contents):
+        areas = [x["area"] / (image["width"] * image["height"]) for x in annotations]
+        if not 1 <= len(areas) <= MAX_BOXES or median(areas) < MIN_MEDIAN_AREA:
+            continue
+        image_id = len(out["images"]) + 1
+        out["images"].append({**image, "id": image_id})
+        for annotation in annotations:
+            box_id = len(out["annotations"]) + 1
+            out["annotations"].append({**annotation, "id": box_id, "image_id": image_id})
+    return out
 
 
 def _records(

@@ -34,13 +34,14 @@ SHAPES: dict[str, tuple[Style, str, int]] = {
 }
 # Photographs for training, for choosing, and for reporting: see datasets/aquarium256/README.md.
 AQUARIUM = Path(__file__).resolve().parents[2] / "datasets" / "aquarium256"
+AQUARIUM_PARTS = ("train", "val", "test", "large_train", "large_test")
 _KEYS = ("name", "json", "images")
 _BONE_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167))
 
 
 def register_builtin() -> None:
     """
-    Register the built-in sets: SHAPES, and aquarium_train, aquarium_val and aquarium_test.
+    Register the built-in sets: SHAPES, and of the aquarium photographs AQUARIUM_PARTS.
 
     Safe to call again. The shapes are drawn when they are first asked for, under the `cache_root`
     of now; the aquarium photographs are those of the checkout that this file is in.
@@ -48,7 +49,7 @@ def register_builtin() -> None:
     for name, (style, split, num_images) in SHAPES.items():
         if name not in DatasetCatalog:
             _register_shapes(name, style=style, split=split, num_images=num_images)
-    for split in ("train", "val", "test"):
+    for split in AQUARIUM_PARTS:
         if f"aquarium_{split}" not in DatasetCatalog:
             _register_aquarium(f"aquarium_{split}", split)
 

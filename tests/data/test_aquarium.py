@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kd_det.data.aquarium import BLOCKS, make_aquarium, scale_box, short_side_size, split_of
+from kd_det.data.aquarium import (
+    BLOCKS,
+    LARGE,
+    few_and_large,
+    make_aquarium,
+    scale_box,
+    short_side_size,
+    split_of,
+)
 from kd_det.data.catalog import AQUARIUM, register_builtin
 
 CLASSES = ["fish", "jellyfish", "penguin", "puffin", "shark", "starfish", "stingray"]
@@ -73,8 +81,35 @@ def test_parts_are_disjoint_and_complete() -> None:
     assert not set(BLOCKS["val"]) & set(BLOCKS["test"])
 
 
+@pytest.mark.parametrize("part", list(LARGE))
+def test_the_large_parts_are_taken_from_the_others(part: str) -> None:
+    content = annotations(part)
+    assert content == few_and_large([annotations(split) for split in LARGE[part]])
+    counts = Counter(x["image_id"] for x in content["annotations"])
+    assert sorted(counts) == [image["id"] for image in content["images"]]
+    told = f"`aquarium_{part}` ({len(counts)} photographs, {sum(counts.values())} boxes)"
+    assert told in " ".join((AQUARIUM / "README.md").read_text().split())
+
+
+def test_few_and_large() -> None:
+    def boxes(image_id: int, *areas: float) -> list[dict[str, Any]]:
+        return [{"id": i, "image_id": image_id, "area": area} for i, area in enumerate(areas)]
+
+    def content(*boxes_of: list[dict[str, Any]]) -> dict[str, Any]:
+        images = [{"id": i, "width": 100, "height": 100} for i in range(len(boxes_of))]
+        return {"images": images, "annotations": sum(boxes_of, []), "categories": ["fish"]}
+
+    first = content(boxes(0, 10, 150, 9000), boxes(1, 10, 149.9, 149.9), boxes(2))
+    second = content(boxes(0, *[5000] * 11), boxes(1, *[5000] * 10))
+    out = few_and_large([first, second])
+    assert [image["id"] for image in out["images"]] == [1, 2]
+    assert [x["image_id"] for x in out["annotations"]] == [1] * 3 + [2] * 10
+    assert [x["id"] for x in out["annotations"]] == list(range(1, 14))
+    assert [x["area"] for x in out["annotations"]][:3] == [10, 150, 9000]
+
+
 def test_the_folder_is_small_and_says_whose_it_is() -> None:
-    assert sum(path.stat().st_size for path in AQUARIUM.rglob("*") if path.is_file()) < 11e6
+    assert sum(path.stat().st_size for path in AQUARIUM.rglob("*") if path.is_file()) < 11.5e6
     text = (AQUARIUM / "LICENSE").read_text()
     for word in ("Roboflow", "creativecommons.org/licenses/by/4.0", "Changes:"):
         assert word in text

@@ -13,6 +13,7 @@ from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from PIL import Image
 
 from kd_det.data.catalog import (
+    AQUARIUM_PARTS,
     SHAPES,
     check_dataset,
     register_builtin,
@@ -22,7 +23,7 @@ from kd_det.data.catalog import (
 from kd_det.data.mapper import CheckedDatasetMapper
 from kd_det.data.styles import V1, V2
 
-BUILTIN = [*SHAPES, "aquarium_train", "aquarium_val", "aquarium_test"]
+BUILTIN = [*SHAPES, *(f"aquarium_{part}" for part in AQUARIUM_PARTS)]
 Edit = Callable[[dict[str, Any]], object]
 
 
