@@ -97,7 +97,8 @@ def test_few_and_large() -> None:
 
     def content(*boxes_of: list[dict[str, Any]]) -> dict[str, Any]:
         images = [{"id": i, "width": 100, "height": 100} for i in range(len(boxes_of))]
-        return {"images": images, "annotations": sum(boxes_of, []), "categories": ["fish"]}
+        annotations = [box for boxes in boxes_of for box in boxes]
+        return {"images": images, "annotations": annotations, "categories": ["fish"]}
 
     first = content(boxes(0, 10, 150, 9000), boxes(1, 10, 149.9, 149.9), boxes(2))
     second = content(boxes(0, *[5000] * 11), boxes(1, *[5000] * 10))
