@@ -119,7 +119,7 @@ def _draw(
 
 
 def _font() -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 11)
+    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), 11)
 
 
 def _box(values: Sequence[float]) -> Box:
