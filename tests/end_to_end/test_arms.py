@@ -44,7 +44,8 @@ PARAMS = [
 def data(four_shapes: Callable[..., str]) -> dict[str, str]:
     """By data set of a config, a small one in its place."""
     small = {"shapes_train": four_shapes(), "shapes2_train": four_shapes(V2)}
-    return {**small, "aquarium_train": "aquarium_val"}
+    photographs = ("aquarium_train", "aquarium_large_train")
+    return {**small, **dict.fromkeys(photographs, "aquarium_val")}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,7 @@ def test_an_arm_trains_two_steps(
     first, last = recorder.steps
     assert all(abs(value) < float("inf") for value in (*first.values(), *last.values()))
     for entry in cfg.KD.DISTILLERS:
-        key = distiller_class(entry).config_key.lower()
+        _, colon, label = entry.partition(":")
+        key = distiller_class(entry).config_key.lower() + colon + label
         assert f"kd/{key}/weight" in last, key
         assert any(k.startswith(f"loss_kd_{key}") for k in (*first, *last)), key
