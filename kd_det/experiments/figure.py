@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from kd_det.experiments.ground_truth import GroundTruth
 from kd_det.experiments.pages import interval
-from kd_det.experiments.share_chart import draw_shares, has_shares
+from kd_det.experiments.share_chart import draw_shares, shares_inches
 
 _SCORE = 0.4  # detections above it are drawn
 _IMAGES = 2
@@ -47,9 +47,9 @@ def draw_report(
     """
     arms = report["arms"]
     chart_inches = 0.9 + 0.42 * len(arms)
-    shares_inches = 2.0 if has_shares(arms) else 0.0
+    shares = shares_inches(arms)
     images_inches = 2.05
-    heights = [h for h in (chart_inches, shares_inches, images_inches) if h]
+    heights = [h for h in (chart_inches, shares, images_inches) if h]
     with rc_context({"text.parse_math": False}):  # a label may hold dollars
         figure = Figure(figsize=(10, sum(heights)), dpi=150, facecolor="white")
         FigureCanvasAgg(figure)
@@ -57,8 +57,9 @@ def draw_report(
         chart, strip = rows[0], rows[-1]
         axes = chart.add_axes((0.235, 0.55 / chart_inches, 0.55, 1 - 0.85 / chart_inches))
         _draw_chart(axes, report)
-        if shares_inches:
-            draw_shares(rows[1].add_axes((0.235, 0.24, 0.55, 0.6)), arms, arm_colours(report))
+        if shares:
+            place = 0.235, 0.48 / shares, 0.55, 1 - 0.8 / shares
+            draw_shares(rows[1].add_axes(place), arms, arm_colours(report))
         _draw_images(strip, report, truth, detections)
         figure.savefig(file, format="png")
 

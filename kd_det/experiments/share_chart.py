@@ -1,19 +1,23 @@
 """A chart of how hard each distiller pulled on its student while it was trained."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+Curve = Sequence[Sequence[float]]
+
+_WIDTH = 24  # of the legend, in characters
 _LINES = ("-", "--", ":", "-.")
 _INK, _SOFT, _GRID = "#1f2933", "#6b7785", "#e4e8ec"
 
 
-def has_shares(arms: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether any arm logged a gradient share."""
-    return any(_curves(arm) for arm in arms)
+def shares_inches(arms: Sequence[Mapping[str, Any]]) -> float:
+    """Return the height that the chart and its legend need; 0 where no arm logged a share."""
+    lines = sum(len(textwrap.wrap(label, _WIDTH)) for _, label, _ in _labelled(arms))
+    return max(2.0, 0.5 + 0.16 * lines) if lines else 0.0
 
 
 def draw_shares(axes: Axes, arms: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> None:
@@ -25,15 +29,15 @@ def draw_shares(axes: Axes, arms: Sequence[Mapping[str, Any]], colours: Mapping[
         arms: of report.json.
         colours: per arm's name. Several distillers of one arm differ by their lines.
     """
-    for arm in arms:
-        curves = _curves(arm)
-        for i, (name, curve) in enumerate(curves.items()):
-            shown = [(x, y) for x, y in curve if y > 0]
-            label = arm["label"] if len(curves) == 1 else f"{arm['label']}: {name}"
-            axes.plot(
-                [x for x, _ in shown], [y for _, y in shown], color=colours[arm["name"]],
-                linestyle=_LINES[i % len(_LINES)], linewidth=1.4, label=textwrap.fill(label, 24),
-            )  # fmt: skip
+    drawn: dict[str, int] = {}
+    for name, label, curve in _labelled(arms):
+        line = _LINES[drawn.get(name, 0) % len(_LINES)]
+        drawn[name] = drawn.get(name, 0) + 1
+        shown = [(x, y) for x, y in curve if y > 0]
+        axes.plot(
+            [x for x, _ in shown], [y for _, y in shown], color=colours[name],
+            linestyle=line, linewidth=1.4, label=textwrap.fill(label, _WIDTH),
+        )  # fmt: skip
     axes.axhline(1.0, color=_SOFT, linewidth=0.8, zorder=1)
     axes.set_yscale("log")
     # The scale's own labels are formulas, which the figure does not parse.
@@ -55,7 +59,11 @@ def draw_shares(axes: Axes, arms: Sequence[Mapping[str, Any]], colours: Mapping[
     )
 
 
-def _curves(arm: Mapping[str, Any]) -> dict[str, list[Sequence[float]]]:
-    """Return the curves of the shares of an arm's distillers."""
-    pull = arm.get("pull") or {}
-    return {name: found["share"]["curve"] for name, found in pull.items() if "share" in found}
+def _labelled(arms: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, Curve]]:
+    """Yield the arm's name, the label and the curve of every share."""
+    for arm in arms:
+        pull = arm.get("pull") or {}
+        curves = {name: found["share"]["curve"] for name, found in pull.items() if "share" in found}
+        for name, curve in curves.items():
+            label = arm["label"] if len(curves) == 1 else f"{arm['label']}: {name}"
+            yield arm["name"], label, curve

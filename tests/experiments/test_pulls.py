@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from kd_det.experiments.pages import pull_table
 from kd_det.experiments.pulls import read_curves, summarize
-from kd_det.experiments.share_chart import draw_shares, has_shares
+from kd_det.experiments.share_chart import draw_shares, shares_inches
 
 
 def write(folder: Path, shares: dict[int, float]) -> Path:
@@ -56,7 +56,8 @@ def test_the_chart_has_a_line_per_distiller(tmp_path: Path) -> None:
         {"name": "ssim", "label": "SSIM", "pull": pull},
         {"name": "both", "label": "both", "pull": twice},
     ]
-    assert has_shares(arms) and not has_shares(arms[:1])
+    assert shares_inches(arms) == 2 and shares_inches(arms[:1]) == 0
+    assert shares_inches([*arms, *[arms[1]] * 20]) > 3.5  # room for the legend
     axes = Figure().add_subplot()
     draw_shares(axes, arms, {"none": "grey", "ssim": "red", "both": "blue"})
     drawn = {str(line.get_label()): line for line in axes.lines if line.get_color() != "#6b7785"}
