@@ -44,7 +44,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kd_det(
     installed: Path, folder: Path, *words: str, program: list[str] = COMMAND
 ) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    # Behind it what the tests run with, which may be where Detectron2 is.
+    path = os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*program, *words], cwd=folder, env=environment, capture_output=True, text=True
     )

@@ -219,7 +219,10 @@ def test_several_processes_take_the_yamls_steps_and_resume(
     assert tiny_runs.equal_states(ours[1]["model"], ours[2]["model"])
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings(
+    "ignore:unclosed file:ResourceWarning",
+    "ignore:Importing from timm.models.layers:FutureWarning",  # Detectron2's ViT
+)
 def test_a_vitdet_teaches_a_retinanet(
     pair: Callable[..., tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
