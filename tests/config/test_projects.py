@@ -113,5 +113,5 @@ def test_tridentnet_teaches(
     trainer, recorder = tiny_runs.train(cfg)
     assert all(step["loss_kd_feature_lp"] > 0 for step in recorder.steps)
     conv = trainer._plain_model().teacher.model.backbone.res4[-1].conv2
-    # The middle branch: the project's own convolution keeps its number, the stand-in is that branch.
+    # The middle branch: the project keeps its number, the stand-in is that branch.
     assert getattr(conv, "test_branch_idx", None) == 1 or conv.dilation == (2, 2)
