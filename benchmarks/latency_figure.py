@@ -19,6 +19,10 @@ from statistics import median
 from typing import Any
 
 import torch
+
+import kd_det  # noqa: F401  first: it makes Detectron2 fit for a recent Pillow
+
+# isort: split
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.modeling import build_model
