@@ -15,8 +15,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import kd_det  # noqa: F401  first: it makes Detectron2 fit for a recent Pillow
 
 # isort: split
@@ -37,8 +35,8 @@ RESULT = ROOT / "benchmarks" / "results" / "trajectory.json"
 TEACHER = ROOT / "configs" / "shapes2" / "teacher.yaml", "kd_det://shapes2/fcos_r18"
 COURSES = {
     "AP": "AP on shapes2_val",
-    "ssim": "1 - SSIM to the teacher, mean of levels",
-    "l2": "L2 to the teacher",
+    "ssim": "SSIM's loss, sum of both levels",
+    "l2": "L2, sum of both levels",
 }
 COLOURS = {"none": "#6b7785", "l2": "#0072b2", "ssim": "#d55e00"}
 
@@ -72,13 +70,15 @@ def measure(folder: Path) -> dict[str, Any]:
         course: dict[str, Any] = {"label": arm["label"], **{key: [] for key in keys}}
         for file in sorted(run.glob("model_0*.pth")):
             iteration = int(file.stem.removeprefix("model_")) + 1
+            if iteration not in ap:  # saved when the run was interrupted
+                continue
             DetectionCheckpointer(model.student).load(str(file))
-            with torch.no_grad(), EventStorage():
+            with EventStorage():
                 losses = model(batch)
             course["iterations"].append(iteration)
             course["AP"].append(ap[iteration])
-            course["ssim"].append(float(losses["loss_kd_ssim"]))
-            course["l2"].append(float(losses["loss_kd_feature_lp"]))
+            course["ssim"].append(float(losses["loss_kd_ssim"].detach()))
+            course["l2"].append(float(losses["loss_kd_feature_lp"].detach()))
         courses[arm["name"]] = course
     return courses
 
@@ -97,6 +97,8 @@ def draw(courses: dict[str, Any], file: Path) -> None:
                 marker="o",
                 markersize=3,
             )
+        if key == "l2":
+            axes.set_yscale("log")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("iteration", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
