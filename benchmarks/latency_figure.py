@@ -10,7 +10,6 @@ models take turns. What was measured goes to benchmarks/results/latency.json; wi
 is drawn. APs are those of benchmarks/results/evidence/report.json.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +27,7 @@ from detectron2.data import get_detection_dataset_dicts
 from detectron2.modeling import build_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from measured import measured
 
 from kd_det.bench.measure import device_name, ratio, take_turns
 from kd_det.checkpoint.state import student_of
@@ -105,13 +105,9 @@ def _detector(config: Path, weights: str) -> Callable[[], Any]:
 
 def main() -> None:
     """Measure, or read what was measured, and draw."""
-    parser = argparse.ArgumentParser(description="Draw docs/figures/latency.png.")
-    parser.add_argument("folder", type=Path, nargs="?", help="where `kd-det compare` has written")
-    arguments = parser.parse_args()
-    if arguments.folder:
-        RESULT.write_text(json.dumps(measure(arguments.folder), indent=1) + "\n")
+    latency = measured("Draw docs/figures/latency.png.", RESULT, measure)
     report = json.loads((RESULTS / "evidence" / "report.json").read_text())
-    draw(json.loads(RESULT.read_text()), report, ROOT / "docs" / "figures" / "latency.png")
+    draw(latency, report, ROOT / "docs" / "figures" / "latency.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Both distances are measured on the same 64 training images, at every checkpoint 
 What was measured goes to benchmarks/results/trajectory.json; without the runs, that is drawn.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from measured import measured
 
 from kd_det import Weighted, distill, load_teacher
 from kd_det.config import load_config, student_cfg
@@ -115,12 +115,8 @@ def _records(names: list[str]) -> list[Any]:
 
 def main() -> None:
     """Measure, or read what was measured, and draw."""
-    parser = argparse.ArgumentParser(description="Draw docs/figures/trajectory.png.")
-    parser.add_argument("folder", type=Path, nargs="?", help="where `kd-det compare` has written")
-    arguments = parser.parse_args()
-    if arguments.folder:
-        RESULT.write_text(json.dumps(measure(arguments.folder), indent=1) + "\n")
-    draw(json.loads(RESULT.read_text()), ROOT / "docs" / "figures" / "trajectory.png")
+    courses = measured("Draw docs/figures/trajectory.png.", RESULT, measure)
+    draw(courses, ROOT / "docs" / "figures" / "trajectory.png")
 
 
 if __name__ == "__main__":

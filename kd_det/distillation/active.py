@@ -218,7 +218,7 @@ class ActiveDistiller(nn.Module):
         return {loss_key(self.slug, "idle"): torch.stack(parameters).sum() * 0}
 
 
-def slug_of(name: str, distiller: Distiller) -> str:
+def slug_of(name: str, distiller: Distiller | type[Distiller]) -> str:
     """Return the name of an entry of KD.DISTILLERS in loss keys and logged scalars."""
     _, colon, label = name.partition(":")
     return f"{distiller.config_key.lower()}{colon}{label}"

@@ -16,7 +16,7 @@ _INK, _SOFT, _GRID = "#1f2933", "#6b7785", "#e4e8ec"
 
 def shares_inches(arms: Sequence[Mapping[str, Any]]) -> float:
     """Return the height that the chart and its legend need; 0 where no arm logged a share."""
-    lines = sum(len(textwrap.wrap(label, _WIDTH)) for _, label, _ in _labelled(arms))
+    lines = sum(label.count("\n") + 1 for _, _, label, _ in _labelled(arms))
     return max(2.0, 0.5 + 0.16 * lines) if lines else 0.0
 
 
@@ -29,14 +29,11 @@ def draw_shares(axes: Axes, arms: Sequence[Mapping[str, Any]], colours: Mapping[
         arms: of report.json.
         colours: per arm's name. Several distillers of one arm differ by their lines.
     """
-    drawn: dict[str, int] = {}
-    for name, label, curve in _labelled(arms):
-        line = _LINES[drawn.get(name, 0) % len(_LINES)]
-        drawn[name] = drawn.get(name, 0) + 1
+    for name, i, label, curve in _labelled(arms):
         shown = [(x, y) for x, y in curve if y > 0]
         axes.plot(
             [x for x, _ in shown], [y for _, y in shown], color=colours[name],
-            linestyle=line, linewidth=1.4, label=textwrap.fill(label, _WIDTH),
+            linestyle=_LINES[i % len(_LINES)], linewidth=1.4, label=label,
         )  # fmt: skip
     axes.axhline(1.0, color=_SOFT, linewidth=0.8, zorder=1)
     axes.set_yscale("log")
@@ -59,11 +56,11 @@ def draw_shares(axes: Axes, arms: Sequence[Mapping[str, Any]], colours: Mapping[
     )
 
 
-def _labelled(arms: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, Curve]]:
-    """Yield the arm's name, the label and the curve of every share."""
+def _labelled(arms: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int, str, Curve]]:
+    """Yield of every share the arm's name, its number in the arm, the legend's text, the curve."""
     for arm in arms:
         pull = arm.get("pull") or {}
         curves = {name: found["share"]["curve"] for name, found in pull.items() if "share" in found}
-        for name, curve in curves.items():
+        for i, (name, curve) in enumerate(curves.items()):
             label = arm["label"] if len(curves) == 1 else f"{arm['label']}: {name}"
-            yield arm["name"], label, curve
+            yield arm["name"], i, textwrap.fill(label, _WIDTH), curve

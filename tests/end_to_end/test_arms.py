@@ -10,6 +10,7 @@ from test_configs import FOLDER, is_recipe
 
 from kd_det.config import load_config, needs_teacher
 from kd_det.data.styles import V2
+from kd_det.distillation.active import slug_of
 from kd_det.distillation.teacher import teacher_config
 from kd_det.distillers import distiller_class
 from kd_det.experiments.recipe import read_recipe
@@ -77,7 +78,6 @@ def test_an_arm_trains_two_steps(
     first, last = recorder.steps
     assert all(abs(value) < float("inf") for value in (*first.values(), *last.values()))
     for entry in cfg.KD.DISTILLERS:
-        _, colon, label = entry.partition(":")
-        key = distiller_class(entry).config_key.lower() + colon + label
+        key = slug_of(entry, distiller_class(entry))
         assert f"kd/{key}/weight" in last, key
         assert any(k.startswith(f"loss_kd_{key}") for k in (*first, *last)), key
