@@ -12,7 +12,8 @@ ECCV 2022 (arXiv 2203.05469).
 
 (`functional.pgd` has the terms.) Beyond the paper: adapters where widths differ, and
 FEATURES "neck", which applies the classification part to the pyramid itself, so that a dense
-teacher guides a student whose head has no towers.
+teacher guides a student whose head has no towers. To compare with, FOREGROUND "box" and "center"
+put masks of the boxes alone, 0 or 1, in place of I.
 """
 
 import math
@@ -50,6 +51,10 @@ from kd_det.functional.reduce import mean_over_processes
 
 # What is compared: the towers of both heads, or the pyramids.
 Features = Literal["towers", "neck"]
+# Where the importance is from: the teacher's predictions, all of a box, or its centre.
+Foreground = Literal["prediction", "box", "center"]
+# Of a box's centre, in strides of each level: FCOS's centre sampling.
+_CENTER_RADIUS = 1.5
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,10 @@ class PGD(Distiller):
         node.LEVEL_WEIGHTS = [1.0, 1.25, 1.5, 1.75, 2.0]
         # Temperature of both attentions (AutoAssign: 0.4).
         node.TAU = 0.8
+        # Where the foreground is: "prediction", as published, by TOP_K, XI_CLS, XI_REG, GATE; or,
+        # to compare with and without these four, all positions inside a box alike ("box"), or those
+        # less than 1.5 strides from its centre ("center").
+        node.FOREGROUND = "prediction"
         # Positions selected for each box (ATSS: 9).
         node.TOP_K = 30
         # Exponent of the IoU in the quality score, for the two masks; 1 - it is the class score's.
@@ -128,7 +137,7 @@ class PGD(Distiller):
     def __init__(
         self,
         *,
-        features: str = "towers",
+        features: Features = "towers",
         cls_tower: str = "head.cls_subnet",
         reg_tower: str = "head.bbox_subnet",
         tower_block: int = 0,
@@ -139,6 +148,7 @@ class PGD(Distiller):
         delta: float = 0.0008,
         level_weights: Sequence[float] = (1.0, 1.25, 1.5, 1.75, 2.0),
         tau: float = 0.8,
+        foreground: Foreground = "prediction",
         top_k: int = 30,
         xi_cls: float = 0.8,
         xi_reg: float = 0.6,
@@ -156,6 +166,7 @@ class PGD(Distiller):
         """
         super().__init__()
         expect_choice("KD.PGD.FEATURES", features, Features)
+        expect_choice("KD.PGD.FOREGROUND", foreground, Foreground)
         expect_choice("KD.PGD.GATE", gate, Gate)
         expect_choice("KD.PGD.MASK_SCOPE", mask_scope, MaskScope)
         for key, weight in (("ALPHA", alpha), ("BETA", beta), ("GAMMA", gamma), ("DELTA", delta)):
@@ -177,6 +188,7 @@ class PGD(Distiller):
         self.delta = delta
         self.level_weights = tuple(level_weights)
         self.tau = tau
+        self.foreground = foreground
         self.top_k = top_k
         self.exponents = (xi_cls, xi_reg)
         self.gate = gate
@@ -220,16 +232,21 @@ class PGD(Distiller):
         classes = pad_sequence(targets.classes, batch_first=True).reshape(present.shape)
         on_image = positions_in_images(grids, targets.image_sizes, device)
         valid = on_image if self.mask_padding else torch.ones_like(on_image)
-        cls, reg = importance_maps(
-            torch.cat(predictions.logits, 1),
-            torch.cat(predictions.boxes, 1),
-            boxes,
-            classes,
-            present,
-            grids,
-            ImportanceOptions(exponents=self.exponents, top_k=self.top_k, gate=self.gate),
-            position_valid=valid,
-        )
+        if self.foreground == "prediction":
+            cls, reg = importance_maps(
+                torch.cat(predictions.logits, 1),
+                torch.cat(predictions.boxes, 1),
+                boxes,
+                classes,
+                present,
+                grids,
+                ImportanceOptions(exponents=self.exponents, top_k=self.top_k, gate=self.gate),
+                position_valid=valid,
+            )
+        else:
+            radius = _CENTER_RADIUS if self.foreground == "center" else math.inf
+            inside = to_device(positions_in_boxes(grids, boxes, present, radius), device)
+            cls = reg = (inside & valid).float()
         background = ~to_device(positions_in_boxes(grids, boxes, present), device)
         if self.mask_ignored:
             ignored, some = _pad(targets.ignored)

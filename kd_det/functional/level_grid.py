@@ -110,7 +110,9 @@ def positions_in_images(
     return torch.cat([cells_on_images(grid, sizes).flatten(1) for grid in grids], dim=1)
 
 
-def positions_in_boxes(grids: Sequence[Grid], boxes: Tensor, valid: Tensor) -> Tensor:
+def positions_in_boxes(
+    grids: Sequence[Grid], boxes: Tensor, valid: Tensor, radius: float = math.inf
+) -> Tensor:
     """
     Mark the positions that lie strictly inside at least one box of their image.
 
@@ -118,16 +120,22 @@ def positions_in_boxes(grids: Sequence[Grid], boxes: Tensor, valid: Tensor) -> T
         grids: of all levels.
         boxes: (N, M, 4) corners x0, y0, x1, y1 in pixels, padded to the largest M of the batch.
         valid: (N, M) bool, False for padding.
+        radius: in x and in y, a position is also strictly nearer to the centre of that box than
+            this many strides of its level (1.5 is FCOS's centre sampling).
 
     Returns:
         (N, R) bool on the device of the boxes.
     """
     left, top, right, bottom = boxes.double()[..., None].unbind(2)  # (N, M, 1) each
+    center_x, center_y = (left + right) / 2, (top + bottom) / 2
     covered = []
     for grid in grids:
         x, y = grid.columns(boxes.device), grid.rows(boxes.device)
-        in_x = strictly_between(x, left, right)  # (N, M, W)
-        in_y = strictly_between(y, top, bottom) & valid[..., None]
+        reach = radius * grid.stride
+        low, high = (center_x - reach).maximum(left), (center_x + reach).minimum(right)
+        in_x = strictly_between(x, low, high)  # (N, M, W)
+        low, high = (center_y - reach).maximum(top), (center_y + reach).minimum(bottom)
+        in_y = strictly_between(y, low, high) & valid[..., None]
         # The number of boxes over each cell; autocast may round it, but never to zero.
         boxes_over_cell = in_y.float().transpose(1, 2) @ in_x.float()  # (N, H, W)
         covered.append((boxes_over_cell > 0).flatten(1))

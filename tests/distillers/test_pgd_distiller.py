@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import tiny_runs
@@ -51,6 +51,7 @@ class TestPGD(DistillerContract):
         "DELTA": 0.4,
         "LEVEL_WEIGHTS": [1.0, 2.0],
         "TAU": 0.4,
+        "FOREGROUND": "center",
         "TOP_K": 9,
         "XI_CLS": 0.7,
         "XI_REG": 0.5,
@@ -68,6 +69,10 @@ class TestNeck(TestPGD):
 
 class TestCoupledHead(TestPGD):
     options: ClassVar[dict[str, Any]] = {"reg_tower": "", "gate": "after", "top_k": 6}
+
+
+class TestCenters(TestPGD):
+    options: ClassVar[dict[str, Any]] = {"foreground": "center"}
 
 
 class TestBatchMasks(TestPGD):
@@ -202,6 +207,7 @@ def test_captures() -> None:
     ("options", "message"),
     [
         ({"features": "fpn"}, r"FEATURES is 'fpn', expected 'towers' or 'neck'"),
+        ({"foreground": "edge"}, r"FOREGROUND is 'edge', expected 'prediction' or 'box' or"),
         ({"gate": "never"}, r"GATE is 'never', expected 'before' or 'after'"),
         ({"mask_scope": "world"}, r"MASK_SCOPE is 'world', expected 'image' or 'batch'"),
         ({"alpha": -1.0}, r"ALPHA is -1\.0, expected a number from 0"),
@@ -267,6 +273,24 @@ class TestMasks:
         assert all(x[0].all() for x in masks.valid)
         # The two exponents select and weigh differently.
         assert not torch.equal(masks.cls[0], masks.reg[0])
+
+    @pytest.mark.parametrize(("foreground", "reach"), [("box", math.inf), ("center", 1.5)])
+    def test_foreground_of_the_boxes_alone(
+        self, scene: Scene, foreground: Literal["box", "center"], reach: float
+    ) -> None:
+        step = scene.step()
+        distiller = PGD(foreground=foreground)
+        masks = distiller.masks(step.teacher["predictions"], step.targets)
+        for i, (side, stride) in enumerate(zip(SIDES, STRIDES, strict=True)):
+            for n, boxes in enumerate(BOXES):
+                center = (boxes[:, :2] + boxes[:, 2:]) / 2
+                low = (center - reach * stride).maximum(boxes[:, :2])
+                high = (center + reach * stride).minimum(boxes[:, 2:])
+                expected = self.inside(torch.cat([low, high], 1), side, stride)
+                assert torch.equal(masks.cls[i][n], (expected & masks.valid[i][n]).float())
+                assert torch.equal(masks.background[i][n], ~self.inside(boxes, side, stride))
+            assert torch.equal(masks.cls[i], masks.reg[i])
+        assert any(x.any() for x in masks.cls)
 
     @staticmethod
     def inside(boxes: Tensor, size: tuple[int, int], stride: float) -> Tensor:
