@@ -96,7 +96,8 @@ def _add_roles(kd: CfgNode) -> None:
     # Pair levels on different grids by resampling the teacher's map to the student's. Off: such
     # levels are not paired, and a run in which nothing pairs stops.
     kd.RESAMPLE_LEVELS = False
-    # Iterations between measurements of kd/<distiller>/grad_share; 0 switches them off.
+    # Iterations between measurements of kd/<distiller>/grad_share, after the first 20, which all
+    # are; fewer in short runs (a fiftieth of MAX_ITER, at least 20). 0 switches them off.
     kd.GRAD_SHARE_PERIOD = 200
     # The user's own data in COCO format: list of {"name":, "json":, "images":}, paths relative to
     # the yaml that names them, or to the working directory.

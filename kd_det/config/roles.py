@@ -1,6 +1,11 @@
 """Which model a config means: the plain one, or the student inside kd_det's wrapper."""
 
+import fnmatch
+
 from detectron2.config import CfgNode
+
+# What a KD.INHERIT that copies the whole of a backbone's feed-forward net matches.
+_BOTTOM_UP = "backbone.bottom_up."
 
 
 def student_cfg(cfg: CfgNode) -> CfgNode:
@@ -33,6 +38,12 @@ def needs_teacher(cfg: CfgNode) -> bool:
 
 
 def starts_trained(cfg: CfgNode) -> bool:
-    """Return whether the student, or its backbone, starts from trained weights."""
+    """Return whether the student, or its backbone below the pyramid, starts from trained weights."""
     timm = cfg.MODEL.TIMM if cfg.MODEL.FPN.BOTTOM_UP == "timm" else None
-    return bool(cfg.MODEL.WEIGHTS or (timm and (timm.PRETRAINED or timm.WEIGHTS)))
+    if cfg.MODEL.WEIGHTS or (timm and (timm.PRETRAINED or timm.WEIGHTS)):
+        return True
+    inherited = cfg.KD.INHERIT if is_distillation(cfg) else []
+    return any(
+        fnmatch.fnmatch(_BOTTOM_UP, pattern) or _BOTTOM_UP.startswith(pattern + ".")
+        for pattern in inherited
+    )

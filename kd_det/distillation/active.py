@@ -195,10 +195,12 @@ class ActiveDistiller(nn.Module):
         for key, value in (("grad_share", ratio * weight), ("cosine", cosine)):
             if math.isfinite(value):
                 storage.put_scalar(f"kd/{self.slug}/{key}", value)
-        if self.auto is None:  # one that sets itself is where it should be
-            # A warm-up or a decay is meant to make the share small.
-            full = self.schedule.weight if isinstance(self.schedule, Schedule) else weight
-            watch.hear(self.slug, ratio * full)
+        if self.auto is not None:
+            watch.hear(self.slug, ratio * weight, wanted=self.auto.share)
+            return
+        # A warm-up or a decay is meant to make the share small.
+        full = self.schedule.weight if isinstance(self.schedule, Schedule) else weight
+        watch.hear(self.slug, ratio * full)
 
     def losses(self, parts: dict[str, Tensor], weight: float) -> LossDict:
         """Return the parts of a step's loss, weighted, under their keys."""

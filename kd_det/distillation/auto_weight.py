@@ -58,6 +58,7 @@ def auto_weights(
             paths = ", ".join(sorted({s.student for s in distiller.captures() if s.student}))
             start = min(_START, cfg.SOLVER.MAX_ITER // 100)
             share = share_of(distiller, node, trained=trained)
+            _logger.info("%s: its weight sets itself, by a SHARE of %g.", name, share)
             out[name] = AutoWeight(name, share, captured=paths, start=start)
         elif node.SHARE is not None:
             key = f"KD.{node_name(name)}"
@@ -105,7 +106,7 @@ class AutoWeight:
         self._rested = 0
         self._logs: list[float] = []
         self._frozen: float | None = None
-        self._warned = False
+        self._warned: set[str] = set()
 
     @property
     def calibrating(self) -> bool:
@@ -151,9 +152,9 @@ class AutoWeight:
         if self._frozen is not None:
             return
         if not self._logs:
-            if not self._warned:
+            if "never active" not in self._warned:
                 _logger.warning("%s was never active: its weight was not measured.", self.name)
-                self._warned = True
+                self._warned.add("never active")
             return
         self._frozen = statistics.median(self._logs)
         spread = max(self._logs) - min(self._logs)
@@ -169,11 +170,10 @@ class AutoWeight:
         )
         if spread > math.log(_SPREAD):
             _logger.warning(
-                "%s: the ratios measured for its weight are up to %.3g times apart; look at "
-                "kd/%s/grad_share and set WEIGHT by hand if it is not near %g.",
+                "%s: the ratios measured for its weight are up to %.3g times apart; look at its "
+                "logged grad_share and set WEIGHT by hand if that is not near %g.",
                 self.name,
                 math.exp(spread),
-                self.name,
                 self.share,
             )
 
@@ -185,8 +185,8 @@ class AutoWeight:
         median = statistics.median(self._logs) if self._frozen is None else self._frozen
         wanted = self.share / math.exp(median)
         weight = min(max(wanted, LOWEST), HIGHEST)
-        if weight != wanted and not self._warned:
-            self._warned = True
+        if weight != wanted and "clamped" not in self._warned:
+            self._warned.add("clamped")
             _logger.warning(
                 "%s: a share of %g would need the weight %.3g (ratio %.3g at weight 1); "
                 "it stays at %.3g.",

@@ -21,7 +21,7 @@ from kd_det.distillation.activate import activate
 from kd_det.distillation.active import ActiveDistiller, LossDict, WeightSchedule
 from kd_det.distillation.auto_weight import AutoWeight, auto_weights
 from kd_det.distillation.batch import Frame, targets_of
-from kd_det.distillation.gradient_share import ShareWatch
+from kd_det.distillation.gradient_share import ShareWatch, measuring_period
 from kd_det.distillation.guiding import guided
 from kd_det.distillation.inherit import inherit
 from kd_det.distillation.schedule import Schedule
@@ -146,7 +146,7 @@ class DistillationDetector(nn.Module):
             "view": View(cfg.KD.STUDENT.VIEW_FACTOR, cfg.KD.STUDENT.VIEW_INTERPOLATION),
             "inherit_patterns": cfg.KD.INHERIT,
             "resample_levels": cfg.KD.RESAMPLE_LEVELS,
-            "grad_share_period": cfg.KD.GRAD_SHARE_PERIOD,
+            "grad_share_period": measuring_period(cfg.KD.GRAD_SHARE_PERIOD, cfg.SOLVER.MAX_ITER),
         }
 
     @property

@@ -21,6 +21,10 @@ _logger = logging.getLogger(__name__)
 LOW, HIGH = 0.01, 3.0
 # Steps at the start of a run that are all measured and warned about at once.
 FIRST = 20
+# A short run is measured this many times after them, if its steps suffice.
+_TIMES = 50
+# Seldom enough for a measurement's two passes through the head to cost next to nothing.
+_SELDOM = 20
 # Later, a share counts as staying low or high after this many measurements in a row.
 _PATIENCE = 3
 # Keeps float16 gradients of small losses above the smallest number; it cancels in the ratio.
@@ -50,6 +54,17 @@ class Pull:
     def cosine(self) -> Tensor:
         """The cosine of the angle between both, in [-1, 1]; NaN where one is zero."""
         return self.dot / (self.distiller * self.detection)
+
+
+def measuring_period(wanted: int, max_iter: int) -> int:
+    """
+    Return the iterations between measurements: `wanted`, and fewer in runs that are short.
+
+    Args:
+        wanted: KD.GRAD_SHARE_PERIOD; 0 for never.
+        max_iter: of the run.
+    """
+    return min(wanted, max(_SELDOM, max_iter // _TIMES))
 
 
 def pull(distilled: Tensor, detection: Tensor, features: Sequence[Tensor]) -> Pull:
@@ -119,24 +134,35 @@ class ShareWatch:
         """Return whether a distiller has been measured fewer than `FIRST` times."""
         return self.period > 0 and self._steps.get(name, 0) < FIRST
 
-    def hear(self, name: str, share: float) -> None:
+    def hear(self, name: str, share: float, *, wanted: float | None = None) -> None:
         """
         Take note of a weighted share, and warn where it is extreme: at once in the first steps,
         after several measurements in a row later.
+
+        Args:
+            name: of the distiller.
+            share: as measured.
+            wanted: the SHARE of a weight that sets itself. Its pull begins there and fades, so that
+                only one far above what was wanted is extreme.
         """
         first = self.is_new(name)
         self._steps[name] = self._steps.get(name, 0) + 1
-        extreme = not LOW <= share <= HIGH
+        low, high = (LOW, HIGH) if wanted is None else (0.0, HIGH * max(1.0, wanted))
+        extreme = not low <= share <= high
         self._streak[name] = self._streak.get(name, 0) + 1 if extreme else 0
         if not extreme or name in self._warned or (self._streak[name] < _PATIENCE and not first):
             return
         self._warned.add(name)
+        remedy = "raise" if share < low else "lower"
+        if wanted is None:
+            remedy += " its WEIGHT, or remove it and let KD's SHARE set it"
+        else:
+            remedy += f" its SHARE, {wanted:g}"
         _logger.warning(
             "%s: the gradient of its loss at the captured features is %.2g times that of the "
-            "detection losses%s; %s its WEIGHT, or remove it and let KD's SHARE set it "
-            "(docs/troubleshooting.md).",
+            "detection losses%s; %s (docs/troubleshooting.md).",
             name,
             share,
             "" if first else f", for {_PATIENCE} measurements",
-            "raise" if share < LOW else "lower",
+            remedy,
         )

@@ -344,6 +344,10 @@ class TestStudent:
             ("MODEL.TIMM.PRETRAINED", True, "timm", True),
             ("MODEL.TIMM.WEIGHTS", "package://any", "timm", True),
             ("MODEL.TIMM.WEIGHTS", "package://any", "resnet", False),
+            ("KD.INHERIT", ["*"], "resnet", True),
+            ("KD.INHERIT", ["head", "backbone"], "resnet", True),
+            ("KD.INHERIT", ["backbone.bottom_up.*"], "resnet", True),
+            ("KD.INHERIT", ["backbone.fpn_*", "head.*"], "resnet", False),
         ],
     )
     def test_whether_it_starts_trained(

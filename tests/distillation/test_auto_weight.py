@@ -15,8 +15,9 @@ from detectron2.modeling import build_model
 from tiny_runs import TinyTeacher
 from waves import wave
 
+from kd_det.distillation import active, gradient_share
 from kd_det.distillation.auto_weight import AutoWeight
-from kd_det.distillation.gradient_share import pull
+from kd_det.distillation.gradient_share import Pull, pull
 
 Student = Callable[..., CfgNode]
 MakeTeacher = Callable[[str], TinyTeacher]
@@ -198,6 +199,32 @@ class TestInARun:
         _, storage = tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records), 0)
         assert storage.history("kd/feature_lp/grad_share").latest() == pytest.approx(0.4, rel=1e-4)
         assert -1 <= storage.history("kd/feature_lp/cosine").latest() <= 1
+
+    def test_measures_nothing_once_the_weight_is_set(
+        self,
+        tiny_student: Student,
+        tiny_teacher: MakeTeacher,
+        tiny_records: list[dict[str, Any]],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Calibration is 3 steps long here, and the first 2 are logged."""
+        cfg = tiny_student("fcos", tiny_teacher("fcos"), self.keys(**{"KD.GRAD_SHARE_PERIOD": 200}))
+        model = build_model(cfg)
+        model.active["FeatureLp"].auto.steps = 3
+        monkeypatch.setattr(gradient_share, "FIRST", 2)
+        pulls: list[Pull] = []
+
+        def measured(*inputs: Any) -> Pull:
+            pulls.append(pull(*inputs))
+            return pulls[-1]
+
+        monkeypatch.setattr(active, "pull", measured)
+        batch = tiny_runs.batch_of(cfg, tiny_records)
+        found = []
+        for iteration in range(1, 7):
+            _, storage = tiny_runs.losses_at(model, batch, iteration)
+            found.append((len(pulls), "kd/feature_lp/grad_share" in storage.histories()))
+        assert found == [(1, True), (2, True), (3, False), (3, False), (3, False), (3, False)]
 
     def test_killed_in_calibration_it_goes_on_as_if_nothing_were(
         self, tiny_student: Student, tiny_teacher: MakeTeacher, tmp_path: Path

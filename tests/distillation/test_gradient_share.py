@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from tiny_runs import TinyTeacher
 
-from kd_det.distillation.gradient_share import FIRST, ShareWatch, pull
+from kd_det.distillation.gradient_share import FIRST, ShareWatch, measuring_period, pull
 
 
 def test_hand_computed() -> None:
@@ -100,6 +100,30 @@ def test_warns_once_when_a_share_stays_extreme_later(caplog: pytest.LogCaptureFi
     start = [1.0] * FIRST
     assert messages_of([*start, 9.0, 9.0, 1.0] * 3, caplog) == []
     assert len(messages_of([*start, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0], caplog)) == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "values", "warns"),
+    [(0.3, [0.3, 0.001], False), (0.3, [3.1], True), (3.0, [8.9], False), (3.0, [9.1], True)],
+)
+def test_a_share_that_was_asked_for_is_not_extreme(
+    wanted: float, values: list[float], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = ShareWatch(1)
+    with caplog.at_level(logging.WARNING):
+        for value in values:
+            watch.hear("x", value, wanted=wanted)
+    assert [f"lower its SHARE, {wanted:g}" in r.getMessage() for r in caplog.records] == (
+        [True] if warns else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "max_iter", "period"),
+    [(200, 90000, 200), (200, 1500, 30), (200, 100, 20), (10, 100, 10), (0, 100, 0)],
+)
+def test_short_runs_are_measured_more_often(wanted: int, max_iter: int, period: int) -> None:
+    assert measuring_period(wanted, max_iter) == period
 
 
 def test_is_what_the_models_gradients_say(

@@ -222,13 +222,17 @@ class DDOD(GuidedAssignment, SinglePredictionDetector):
             anchors, objects, quality, assigner=assigner, topk=self.options.topk
         )
 
-    @torch.no_grad()
     def _factors(self, matched: Tensor, sizes: list[int]) -> Tensor:
-        """Return (2, R), the weight of each position's level; count this batch's positives."""
+        """
+        Return (2, R), the weight of each position's level; count this batch's positives.
+
+        A pass without gradients is for other statistics (PreciseBN): it counts nothing.
+        """
         if not self.options.level_reweight:
             return torch.ones_like(matched[:, 0], dtype=torch.float32)
         levels = (matched >= 0).sum(dim=1).split(sizes, dim=1)
         counts = torch.stack([level.sum(dim=1) for level in levels], dim=1)
-        self.level_counts += sum_over_processes(counts).to(torch.int64)
+        if torch.is_grad_enabled():
+            self.level_counts += sum_over_processes(counts).to(torch.int64)
         factors = level_factors(self.level_counts).split(1, dim=1)
         return torch.cat([x.expand(-1, n) for x, n in zip(factors, sizes, strict=True)], dim=1)

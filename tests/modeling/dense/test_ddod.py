@@ -212,6 +212,8 @@ def test_levels_are_counted_in_training_alone_and_weigh_the_next_step() -> None:
     assert model.level_counts.tolist() == [[3, 9], [3, 10]]
     assert second["loss_ddod_cls"] != first["loss_ddod_cls"]
     assert "level_counts" not in model.state_dict()
+    with torch.no_grad():  # as PreciseBN passes batches in training mode
+        spec_batch.losses(model, predictions(), TRUTH)
     model.eval()
     model(two_images())
     assert model.level_counts.tolist() == [[3, 9], [3, 10]]
