@@ -38,7 +38,7 @@ def needs_teacher(cfg: CfgNode) -> bool:
 
 
 def starts_trained(cfg: CfgNode) -> bool:
-    """Return whether the student, or its backbone below the pyramid, starts from trained weights."""
+    """Return whether the student, or its net below the pyramid, starts from trained weights."""
     timm = cfg.MODEL.TIMM if cfg.MODEL.FPN.BOTTOM_UP == "timm" else None
     if cfg.MODEL.WEIGHTS or (timm and (timm.PRETRAINED or timm.WEIGHTS)):
         return True

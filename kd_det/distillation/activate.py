@@ -96,6 +96,7 @@ def activate(
                 shapes[item.spec.name] = _shapes(item, other)
             elif item.decode_student is not None:
                 item = _pair_predictions(item, own, other, distiller)
+                _tell_of_other_scores(name, distiller, student, teacher.model)
                 rows += [[name, pair.name, pair.name, "-", False] for pair in item.pairs]
             captures.append(item)
         distiller.build(shapes, {x.spec.name: x.module for x in captures if x.module is not None})
@@ -159,6 +160,21 @@ def _pair_predictions(
         bins=item.spec.bins,
     )
     return replace(item, pairs=tuple(pairs[: item.spec.levels or None]))
+
+
+def _tell_of_other_scores(
+    name: str, distiller: Distiller, student: nn.Module, teacher: nn.Module
+) -> None:
+    """Warn where class scores of detectors of different kinds are compared."""
+    kinds = type(student).__name__, type(teacher).__name__
+    if distiller.uses_class_scores and kinds[0] != kinds[1]:
+        _logger.warning(
+            "%s compares class scores of a student %s with those of a teacher %s: they may "
+            "mean different things (GFL's include the quality of the box, FCOS's do not). Look at "
+            "the gain beside its control, or take a teacher of the student's kind.",
+            name,
+            *kinds,
+        )
 
 
 def _own_levels(item: ResolvedCapture, other: Probe) -> ResolvedCapture:

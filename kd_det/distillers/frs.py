@@ -83,7 +83,8 @@ class FRS(PyramidDistiller):
         expect_choice("KD.FRS.SCOPE", scope, Scope)
         expect_number("KD.FRS.ALPHA", alpha)
         expect_number("KD.FRS.BETA", beta)
-        self.uses_class_scores = beta > 0
+        # An RPN's scores know no classes.
+        self.uses_class_scores = beta > 0 and not scores_capture.endswith("objectness_logits")
         self.alpha = alpha
         self.beta = beta
         self.scores = scores_capture

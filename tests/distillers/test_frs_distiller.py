@@ -66,6 +66,8 @@ def test_vectors(options: dict[str, Any], features: float, head: float) -> None:
 
 def test_without_head_loss_classes_may_differ() -> None:
     assert FRS().uses_class_scores
+    objectness = "proposal_generator.rpn_head.objectness_logits"
+    assert not FRS(scores_capture=objectness).uses_class_scores
     alone = FRS(beta=0.0)
     assert not alone.uses_class_scores
     assert [spec.student for spec in alone.captures()] == ["backbone", None]

@@ -85,6 +85,22 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_ships_a_plain_student(
     assert set(a["model"]) == set(build_model(student_cfg(whole)).state_dict())
 
 
+@pytest.mark.parametrize(("student", "teacher"), [("autoassign", "fsaf"), ("gfl", "gfl")])
+def test_scores_of_another_kind_of_detector_are_told(
+    tiny_student: Student,
+    tiny_teacher: MakeTeacher,
+    student: str,
+    teacher: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    build_model(tiny_student(student, tiny_teacher(teacher), keys_of("BCKD", {})))
+    told = (
+        "BCKD compares class scores of a student AutoAssign with those of a teacher FSAF"
+        in caplog.text
+    )
+    assert told == (student != teacher)
+
+
 @pytest.mark.parametrize(("method", "student", "teacher", "keys", "parts"), RUNS)
 @pytest.mark.parametrize("active", [True, False])
 def test_every_parameter_has_a_gradient_and_the_teacher_none(
