@@ -22,7 +22,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kd_det.functional.boxes import aligned_giou, aligned_iou
 from kd_det.functional.divergence import softmax_divergence
@@ -117,24 +116,3 @@ def bin_loss(
     divergence = softmax_divergence(predicted, teacher).sum(-1)
     with torch.autocast(predicted.device.type, enabled=False):
         return (weight * divergence).sum() / 4 / total_weight
-
-
-def quality_loss(
-    predicted: Tensor, teacher: Tensor, positive: Tensor, *, normalizer: float | Tensor
-) -> Tensor:
-    """
-    Return the cross-entropy of cross-head qualities against the teacher's (ATSS).
-
-    Args:
-        predicted, teacher: quality logits, (N, R).
-        positive: (N, R) in {0, 1}, positions assigned to an object.
-        normalizer: N+, at least 1.
-
-    Returns:
-        Scalar >= 0, float32 at least; the teacher's entropy where both agree.
-    """
-    with torch.autocast(predicted.device.type, enabled=False):
-        target = at_least_float32(teacher.detach()).sigmoid()
-        own = at_least_float32(predicted)
-        loss = F.binary_cross_entropy_with_logits(own, target, reduction="none")
-        return (positive * loss).sum() / normalizer

@@ -13,7 +13,6 @@ from kd_det.functional.crosskd import (
     align_statistics,
     bin_loss,
     box_loss,
-    quality_loss,
 )
 from kd_det.functional.divergence import softmax_divergence
 from kd_det.functional.moments import Scope
@@ -131,18 +130,6 @@ def test_boxes_of_fcos() -> None:
     loss = box_loss(boxes, B_T, torch.ones(1, 4), normalizer=2, distance="log_iou")
     (grad,) = torch.autograd.grad(loss, boxes)
     assert torch.isfinite(grad).all() and not grad[0, 2].any()
-
-
-def test_quality_of_hand_made_logits() -> None:
-    """Cross-entropy of 0.5 against 0.75 is log 2; of a position that is not positive, nothing."""
-    own = torch.tensor([[math.log(3.0), 5.0]])
-    predicted = torch.zeros(1, 2, requires_grad=True)
-    loss = quality_loss(predicted, own, torch.tensor([[1.0, 0.0]]), normalizer=2)
-    assert loss.item() == pytest.approx(math.log(2) / 2)
-    (grad,) = torch.autograd.grad(loss, predicted)
-    assert grad[0].tolist() == pytest.approx([(0.5 - 0.75) / 2, 0])
-    none = quality_loss(predicted, own, torch.zeros(1, 2), normalizer=1)
-    assert none.item() == 0 and none.requires_grad
 
 
 @pytest.mark.parametrize("scope", ["batch", "image"])
