@@ -63,6 +63,16 @@ def test_trains_teacher_and_student_from_yaml(
     assert tiny_runs.equal_states(dict(stock.state_dict()), dict(content["model"]))
 
 
+@pytest.mark.parametrize("student", ["autoassign", "ddod", "reppoints", "fsaf"])
+def test_detectors_that_cannot_be_aligned_learn_from_one_that_is(
+    aligned_teacher: MakeAligned, tmp_path: Path, student: str
+) -> None:
+    levels = {f"MODEL.{student.upper()}.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"]}
+    keys = {"KD.INHERIT": [], "SOLVER.MAX_ITER": 2, **levels}
+    _, recorder = tiny_runs.train(msad_cfg(tmp_path / "s.yaml", student, aligned_teacher(), **keys))
+    assert [step[LOSS] > 0 for step in recorder.steps] == [True, True]
+
+
 def test_both_stages_train_in_two_processes_of_which_one_has_no_boxes(tmp_path: Path) -> None:
     """(f): two views and three branches, no parameter without a gradient, no search for them."""
     data = tiny_runs.make_data(tmp_path / "data", images=2, name="half_empty")
