@@ -4,7 +4,8 @@ import contextlib
 import fcntl
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from kd_det.experiments.ground_truth import GroundTruth, check_test_set, load_gr
 from kd_det.experiments.page.build import html_page
 from kd_det.experiments.pages import markdown
 from kd_det.experiments.plan import Plan, Run, make_plan
-from kd_det.experiments.progress import Display
+from kd_det.experiments.progress import Display, clock
 from kd_det.experiments.recipe import Recipe, RecipeError, read_recipe
 from kd_det.experiments.rehearsal import rehearse_runs
 from kd_det.experiments.report import Outcome, build_report, read_detections
 from kd_det.experiments.runs import RunFailed, cores, execute
 from kd_det.files import read_json, write_json, write_text, write_whole
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,13 @@ class Comparison:
         truth = load_ground_truth(self.plan.baseline_cfg)
         print("Comparing the detections, with intervals ...", file=sys.stderr, flush=True)
         report = build_report(
-            self.recipe, self.plan, outcomes, truth, command, practical=self.practical
+            self.recipe,
+            self.plan,
+            outcomes,
+            truth,
+            command,
+            practical=self.practical,
+            progress=_teller(),
         )
         self._write_pages(report, outcomes, truth)
         return report
@@ -171,6 +180,21 @@ class Comparison:
         }
         write_whole(figure, lambda file: draw_report(report, truth, first, file))
         write_text(everything, html_page(report, self.plan, outcomes, truth))
+
+
+def _teller() -> Callable[[int, int], None]:
+    """Return what says now and then how many of all arms are done."""
+    start = told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= _SECONDS_BETWEEN_LINES:
+            told = now
+            left = clock((now - start) / done * (total - done))
+            print(f"{done} of {total} arms, {left} left", file=sys.stderr, flush=True)
+
+    return tell
 
 
 @contextlib.contextmanager

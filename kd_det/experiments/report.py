@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -47,6 +47,7 @@ def build_report(
     command: str,
     *,
     practical: float = 0.3,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """
     Bring the results of all runs together.
@@ -58,6 +59,8 @@ def build_report(
         truth: the test set.
         command: the command line, for whoever wants to repeat it.
         practical: AP points; a difference below it does not matter.
+        progress: called with the number of arms that are done, of which each takes seconds, and
+            the number in all.
 
     Returns:
         The content of report.json. All AP are from 0 to 100. `delta` is the paired difference to
@@ -70,12 +73,11 @@ def build_report(
     runs = {
         arm.name: [plan.students[arm.name, seed] for seed in recipe.seeds] for arm in recipe.arms
     }
-    sampled = {
-        name: sample_ap(
-            [CocoMatches.from_coco(truth.json_file, outcomes[r].detections) for r in of_arm]
-        )
-        for name, of_arm in runs.items()
-    }
+    sampled = {}
+    for name, of_arm in runs.items():
+        matches = [CocoMatches.from_coco(truth.json_file, outcomes[r].detections) for r in of_arm]
+        sampled[name] = sample_ap(matches)
+        progress(len(sampled), len(runs))
     others = [arm.name for arm in recipe.arms if arm.name != recipe.baseline]
     pairs = [*((name, recipe.baseline) for name in others), *recipe.comparisons]
     differences = [compare_arms(sampled[b], sampled[a]) for a, b in pairs]

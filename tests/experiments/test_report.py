@@ -84,6 +84,14 @@ def test_report_holds_what_can_be_worked_out_by_hand(lab, capsys):
         assert figure.width == 1500 and figure.height > 500
 
 
+def test_a_long_comparison_says_how_far_it_is(lab, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "_SECONDS_BETWEEN_LINES", 0.0)
+    assert compare_lab(lab) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if " arms, " in line]
+    assert len(told) > 1 and told[-1].endswith(" arms, 0:00 left")
+    assert [line.split(" of ")[0] for line in told] == [str(i + 1) for i in range(len(told))]
+
+
 def test_arms_and_seeds_can_be_chosen(lab):
     assert compare_lab(lab, "--arms", "l2", "--seeds", "3") == 0
     report = json.loads((lab.out / "report.json").read_text())
