@@ -72,10 +72,30 @@ def test_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_config(str(tmp_path / "twice.yaml")).KD["FEATURE_LP:towers"].WEIGHT == 0.01
 
 
+@pytest.mark.parametrize("page", ["models", "zoo"])
+def test_yaml_has_known_keys(page: str, tmp_path: Path) -> None:
+    for name in ("student", "teacher", "vit"):
+        (tmp_path / f"{name}.yaml").write_text("SEED: 1\n")
+    blocks = snippets(ROOT / "docs" / f"{page}.md", "yaml")
+    for i, block in enumerate(blocks):
+        content = {"MODEL": {"META_ARCHITECTURE": "DistillationDetector"}, **yaml.safe_load(block)}
+        (tmp_path / f"{i}.yaml").write_text(yaml.safe_dump(content))
+        load_config(str(tmp_path / f"{i}.yaml"))  # refuses keys that do not exist
+    assert blocks
+
+
+def inline(page: Path) -> list[str]:
+    """Commands in running text, without what stands for something of the reader's."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    found = re.findall(r"`((?:uv run |kd-det )[^`]+)`", text)
+    lines = [" ".join(line.split()).removeprefix("uv run ") for line in found]
+    return [f"uv run {line}" for line in lines]
+
+
 COMMAND_LINES = [
     (page.name, line)
     for page in PAGES
-    for block in snippets(page, "")
+    for block in (*snippets(page, ""), *inline(page))
     for line in block.replace("\\\n", " ").splitlines()
     if "uv run" in line
 ]
