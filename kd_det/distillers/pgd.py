@@ -18,7 +18,6 @@ put masks of the boxes alone, 0 or 1, in place of I.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -36,13 +35,13 @@ from kd_det.distillers.base import (
     Targets,
 )
 from kd_det.distillers.checks import expect_choice, expect_number
+from kd_det.distillers.pgd_masks import Masks, on_grid, pad_boxes
 from kd_det.distillers.predictions import DensePredictions
 from kd_det.functional.gaussian_importance import Gate, ImportanceOptions, importance_maps
 from kd_det.functional.level_grid import (
     Grid,
     positions_in_boxes,
     positions_in_images,
-    same_stride,
     split_levels,
     to_device,
 )
@@ -55,23 +54,6 @@ Features = Literal["towers", "neck"]
 Foreground = Literal["prediction", "box", "center"]
 # Of a box's centre, in strides of each level: FCOS's centre sampling.
 _CENTER_RADIUS = 1.5
-
-
-@dataclass(frozen=True)
-class Masks:
-    """
-    What one step's boxes and teacher say about each position, per teacher level, (N, H, W).
-
-    Attributes:
-        cls, reg: importance in [0, 1] for the classification and the regression tower.
-        background: inside no box.
-        valid: on the image, not on padding.
-    """
-
-    cls: list[Tensor]
-    reg: list[Tensor]
-    background: list[Tensor]
-    valid: list[Tensor]
 
 
 @DISTILLER_REGISTRY.register()
@@ -228,7 +210,7 @@ class PGD(Distiller):
             Grid(height, width, stride, predictions.offset)
             for (height, width), stride in zip(predictions.sizes, predictions.strides, strict=True)
         ]
-        boxes, present = _pad(targets.boxes)
+        boxes, present = pad_boxes(targets.boxes)
         classes = pad_sequence(targets.classes, batch_first=True).reshape(present.shape)
         on_image = positions_in_images(grids, targets.image_sizes, device)
         valid = on_image if self.mask_padding else torch.ones_like(on_image)
@@ -249,7 +231,7 @@ class PGD(Distiller):
             cls = reg = (inside & valid).float()
         background = ~to_device(positions_in_boxes(grids, boxes, present), device)
         if self.mask_ignored:
-            ignored, some = _pad(targets.ignored)
+            ignored, some = pad_boxes(targets.ignored)
             background &= ~to_device(positions_in_boxes(grids, ignored, some), device)
         return Masks(*(split_levels(x, grids) for x in (cls, reg, background, valid)))
 
@@ -264,17 +246,17 @@ class PGD(Distiller):
             terms = classification_terms(
                 pair.student,
                 pair.teacher,
-                _on_grid(masks.cls, pair, strides),
-                _on_grid(masks.background, pair, strides),
+                on_grid(masks.cls, pair, strides),
+                on_grid(masks.background, pair, strides),
                 tau=self.tau,
-                valid=_on_grid(masks.valid, pair, strides),
+                valid=on_grid(masks.valid, pair, strides),
                 mask_scope=self.mask_scope,
             )
             losses.append(terms.weighted(self.alpha, self.beta, self.delta, level_weight))
         return torch.stack(losses).sum()
 
     def _regression(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:
-        importances = [_on_grid(masks.reg, pair, strides) for pair in pairs]
+        importances = [on_grid(masks.reg, pair, strides) for pair in pairs]
         # Of all processes, each object weighs the same: one exchange for all levels.
         counts = mean_over_processes(torch.stack([count_selected(x) for x in importances]))
         terms = (
@@ -282,34 +264,3 @@ class PGD(Distiller):
             for pair, importance, count in zip(pairs, importances, counts, strict=True)
         )
         return torch.stack([term.weighted(self.gamma, self.delta) for term in terms]).sum()
-
-
-def _pad(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return (N, M, 4) and (N, M) bool: boxes padded to the largest number of an image."""
-    padded = pad_sequence(boxes, batch_first=True).reshape(len(boxes), -1, 4)
-    counts = torch.tensor([len(b) for b in boxes])
-    return padded, torch.arange(padded.shape[1]) < counts[:, None]
-
-
-def _on_grid(masks: list[Tensor], pair: Pair, strides: Sequence[float]) -> Tensor:
-    """
-    Read a mask, given per teacher level, at the cells of a pair: (N, H, W) of the pair's maps.
-
-    A resampled pair reads the teacher's cell in which the centre of its own cell lies.
-    """
-    gaps = [abs(math.log2(pair.stride / stride)) for stride in strides]
-    level = min(range(len(gaps)), key=gaps.__getitem__)
-    if gaps[level] > 0.5:
-        raise ValueError(
-            f"KD.PGD: the levels {pair.name} have stride {pair.stride:g}, but the teacher predicts "
-            f"at strides {', '.join(f'{stride:g}' for stride in strides)} only."
-        )
-    mask = masks[level]
-    height, width = pair.student.shape[-2:]
-    if same_stride(pair.stride, strides[level]):
-        return mask[:, :height, :width]  # what is cut off is padding beyond the common grid
-    ratio = pair.stride / strides[level]
-    for dim, count in ((1, height), (2, width)):
-        cells = (torch.arange(count, device=mask.device) + 0.5) * ratio
-        mask = mask.index_select(dim, cells.long().clamp(max=mask.shape[dim] - 1))
-    return mask
