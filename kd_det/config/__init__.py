@@ -2,11 +2,18 @@
 
 from kd_det.config.keys import add_kd_config
 from kd_det.config.reading import changed_settings, load_config
-from kd_det.config.roles import is_distillation, needs_teacher, starts_trained, student_cfg
+from kd_det.config.roles import (
+    inherits,
+    is_distillation,
+    needs_teacher,
+    starts_trained,
+    student_cfg,
+)
 
 __all__ = [
     "add_kd_config",
     "changed_settings",
+    "inherits",
     "is_distillation",
     "load_config",
     "needs_teacher",

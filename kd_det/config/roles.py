@@ -43,7 +43,9 @@ def starts_trained(cfg: CfgNode) -> bool:
     if cfg.MODEL.WEIGHTS or (timm and (timm.PRETRAINED or timm.WEIGHTS)):
         return True
     inherited = cfg.KD.INHERIT if is_distillation(cfg) else []
-    return any(
-        fnmatch.fnmatch(_BOTTOM_UP, pattern) or _BOTTOM_UP.startswith(pattern + ".")
-        for pattern in inherited
-    )
+    return any(inherits(pattern, _BOTTOM_UP) for pattern in inherited)
+
+
+def inherits(pattern: str, key: str) -> bool:
+    """Return whether a pattern of KD.INHERIT, or a module path in its place, names a tensor."""
+    return fnmatch.fnmatch(key, pattern) or key.startswith(pattern + ".")

@@ -4,7 +4,6 @@ Starting parts of the student as copies of the teacher's ("inheriting" in PGD, w
 It happens once, at a fresh start, after the student's own weights were loaded; never on resume.
 """
 
-import fnmatch
 import logging
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from kd_det.config import inherits
 from kd_det.text import nearest
 
 _logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def inherit(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]) -> 
     source, target = inheritable_state(teacher), student.state_dict()
     report: dict[str, str] = {}
     for pattern in patterns:
-        keys = [k for k in target if fnmatch.fnmatch(k, pattern) or k.startswith(pattern + ".")]
+        keys = [k for k in target if inherits(pattern, k)]
         if not keys:
             raise ValueError(
                 f"KD.INHERIT: the pattern {pattern!r} names no tensor of the student; "

@@ -16,7 +16,6 @@ teacher guides a student whose head has no towers. To compare with, FOREGROUND "
 put masks of the boxes alone, 0 or 1, in place of I.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -214,6 +213,7 @@ class PGD(Distiller):
         classes = pad_sequence(targets.classes, batch_first=True).reshape(present.shape)
         on_image = positions_in_images(grids, targets.image_sizes, device)
         valid = on_image if self.mask_padding else torch.ones_like(on_image)
+        inside = to_device(positions_in_boxes(grids, boxes, present), device)
         if self.foreground == "prediction":
             cls, reg = importance_maps(
                 torch.cat(predictions.logits, 1),
@@ -226,10 +226,11 @@ class PGD(Distiller):
                 position_valid=valid,
             )
         else:
-            radius = _CENTER_RADIUS if self.foreground == "center" else math.inf
-            inside = to_device(positions_in_boxes(grids, boxes, present, radius), device)
-            cls = reg = (inside & valid).float()
-        background = ~to_device(positions_in_boxes(grids, boxes, present), device)
+            near = inside
+            if self.foreground == "center":
+                near = to_device(positions_in_boxes(grids, boxes, present, _CENTER_RADIUS), device)
+            cls = reg = (near & valid).float()
+        background = ~inside
         if self.mask_ignored:
             ignored, some = pad_boxes(targets.ignored)
             background &= ~to_device(positions_in_boxes(grids, ignored, some), device)
