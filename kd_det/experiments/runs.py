@@ -148,23 +148,23 @@ class _Queue:
     def stop(self) -> None:
         """End all subprocesses, and theirs."""
         for process in self.active.values():
-            _signal(process, signal.SIGTERM)
+            # To it alone: it ends its data-loading workers itself, and needs them until then.
+            process.terminate()
         deadline = time.monotonic() + _GRACE_SECONDS
         for process in self.active.values():
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 pass
-            # Workers may outlive the process that started them.
-            _signal(process, signal.SIGKILL)
+            _kill_group(process)  # workers may outlive the process that started them
             process.wait()
             _close_pipe(process)
         self.active.clear()
 
 
-def _signal(process: "subprocess.Popen[bytes]", number: int) -> None:
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
     try:
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
 

@@ -21,6 +21,9 @@ from detectron2.engine import HookBase
 
 from kd_det.engine.folder_lock import claimed
 from kd_det.engine.trainer import DistillationTrainer
+from kd_det.experiments.plan import Run
+from kd_det.experiments.progress import Display
+from kd_det.experiments.runs import execute
 
 Student = Callable[..., CfgNode]
 
@@ -122,6 +125,34 @@ def test_runs_end_with_a_comparison_that_is_killed(tmp_path: Path) -> None:
     finally:
         stop(parent)
     wait_for(lambda: not Path(f"/proc/{pid}").exists() or _is_dead(int(pid)), seconds=20)
+
+
+def test_an_interrupted_run_keeps_its_workers_until_it_has_ended(tmp_path: Path) -> None:
+    """A training that ends its step still loads data; what outlives it is killed."""
+    script = f"""
+        import pathlib, signal, subprocess, sys, time
+        out = pathlib.Path({str(tmp_path)!r})
+        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        def end(number, frame):
+            time.sleep(0.3)
+            (out / "at_the_end").write_text(str(worker.poll()))
+            sys.exit()
+        signal.signal(signal.SIGTERM, end)
+        (out / "worker").write_text(str(worker.pid))
+        time.sleep(60)
+    """
+
+    class Interrupting(Display):
+        def update(self, estimator: Any) -> None:
+            if (tmp_path / "worker").exists():
+                raise KeyboardInterrupt
+
+    run = Run("arm", 0, tmp_path / "run", tmp_path / "config.yaml", (), 4)
+    with pytest.raises(KeyboardInterrupt):
+        execute([run], 1, Interrupting(), [sys.executable, "-c", textwrap.dedent(script)])
+    assert (tmp_path / "at_the_end").read_text() == "None"  # it was still running
+    pid = int((tmp_path / "worker").read_text())
+    wait_for(lambda: _is_dead(pid), seconds=20)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
