@@ -10,6 +10,7 @@ want opposite things.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -141,16 +142,19 @@ class ShareWatch:
 
         Args:
             name: of the distiller.
-            share: as measured.
+            share: as measured; what could not be measured, infinite or NaN, is left out. Zero,
+                of a batch without objects for one, is extreme only if it stays.
             wanted: the SHARE of a weight that sets itself. Its pull begins there and fades, so that
                 only one far above what was wanted is extreme.
         """
-        first = self.is_new(name)
+        if not math.isfinite(share):
+            return
+        at_once = self.is_new(name) and share > 0
         self._steps[name] = self._steps.get(name, 0) + 1
         low, high = (LOW, HIGH) if wanted is None else (0.0, HIGH * max(1.0, wanted))
         extreme = not low <= share <= high
         self._streak[name] = self._streak.get(name, 0) + 1 if extreme else 0
-        if not extreme or name in self._warned or (self._streak[name] < _PATIENCE and not first):
+        if not extreme or name in self._warned or (self._streak[name] < _PATIENCE and not at_once):
             return
         self._warned.add(name)
         remedy = "raise" if share < low else "lower"
@@ -163,6 +167,6 @@ class ShareWatch:
             "detection losses%s; %s (docs/troubleshooting.md).",
             name,
             share,
-            "" if first else f", for {_PATIENCE} measurements",
+            "" if at_once else f", for {_PATIENCE} measurements",
             remedy,
         )

@@ -102,6 +102,18 @@ def test_warns_once_when_a_share_stays_extreme_later(caplog: pytest.LogCaptureFi
     assert len(messages_of([*start, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0], caplog)) == 1
 
 
+def test_what_was_not_measured_hides_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    (message,) = messages_of([math.nan, math.inf, 5.0], caplog)
+    assert "is 5 times" in message
+
+
+def test_zero_is_extreme_only_if_it_stays(caplog: pytest.LogCaptureFixture) -> None:
+    """A batch without objects has no gradient of losses of objects."""
+    assert messages_of([0.0, 1.0, 0.0, 0.0, 1.0], caplog) == []
+    (message,) = messages_of([0.0, 0.0, 0.0], caplog)
+    assert "raise its WEIGHT" in message
+
+
 @pytest.mark.parametrize(
     ("wanted", "values", "warns"),
     [(0.3, [0.3, 0.001], False), (0.3, [3.1], True), (3.0, [8.9], False), (3.0, [9.1], True)],
