@@ -1,5 +1,6 @@
 """What a run needs to go on, beside the student's tensors and the trainer's state."""
 
+import logging
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +10,7 @@ from kd_det.distillation.detector import DistillationDetector
 
 _NORMALIZER = "loss_normalizer"
 _BUFFERS = "running_buffers"
+_logger = logging.getLogger(__name__)
 
 
 def student_of(model: nn.Module) -> nn.Module:
@@ -34,6 +36,7 @@ class KDState:
         if buffers:
             out[_BUFFERS] = buffers
         if isinstance(self._model, DistillationDetector):
+            out["names"] = list(self._model.active)
             out["adapters"] = _tensors(_adapters(self._model))
             out["distillers"] = _tensors(_distillers(self._model))
             out["auto_weights"] = {
@@ -62,15 +65,25 @@ class KDState:
             return
         _load(_adapters(self._model), state["adapters"])
         _load(_distillers(self._model), state["distillers"])
-        for name, saved in state.get("auto_weights", {}).items():
-            auto = self._model.active[name].auto
-            if auto is not None:
-                auto.load_state_dict(saved)
+        measured = state.get("auto_weights", {})
+        for name, active in self._model.active.items():
+            if active.auto is not None and name in measured:
+                active.auto.load_state_dict(measured[name])
+            elif active.auto is not None:
+                _logger.info("%s: its weight was given before, and is measured from here on.", name)
+            elif name in measured:
+                _logger.info("%s: its weight was set by a SHARE before, and is given now.", name)
 
     def _check(self, state: dict[str, Any]) -> None:
         """Compare what a checkpoint was made with to this run, before anything is changed."""
         now = self.state_dict()
         advice = "or start afresh with MODEL.WEIGHTS set to the checkpoint."
+        was, own = (sorted(x.get("names", [])) for x in (state, now))
+        if "names" in state and was != own:
+            raise ValueError(
+                f"The run to resume had the distillers {', '.join(was) or 'none'}, this config has "
+                f"{', '.join(own) or 'none'}. Resume with the same KD.DISTILLERS, {advice}"
+            )
         for key in ("adapters", "distillers"):
             shapes = [{k: v.shape for k, v in x.get(key, {}).items()} for x in (state, now)]
             if shapes[0] != shapes[1]:
@@ -79,11 +92,12 @@ class KDState:
                     f"this config ({', '.join(shapes[1]) or 'none'}). Resume with the same "
                     f"KD.DISTILLERS and models, {advice}"
                 )
-        was, own = state.get("teacher"), now.get("teacher")
-        if was and own and was["sha256"] != own["sha256"]:
+        before, here = state.get("teacher"), now.get("teacher")
+        if before and here and before["sha256"] != here["sha256"]:
             raise ValueError(
-                f"The run to resume was taught by {was['weights']} (sha256 {was['sha256'][:12]}), "
-                f"this config names {own['weights']} ({own['sha256'][:12]}). Resume with the same "
+                f"The run to resume was taught by {before['weights']} (sha256 "
+                f"{before['sha256'][:12]}), this config names {here['weights']} "
+                f"({here['sha256'][:12]}). Resume with the same "
                 f"teacher, {advice}"
             )
 

@@ -99,7 +99,14 @@ def test_what_sits_beside_the_student(
     assert set(content) == {"model", "trainer", "kd", "iteration"}
     assert content["iteration"] == content["trainer"]["iteration"] == 1
     kd = content["kd"]
-    assert set(kd) == {"adapters", "auto_weights", "distillers", "teacher", "loss_normalizer"}
+    assert set(kd) == {
+        "adapters",
+        "auto_weights",
+        "distillers",
+        "loss_normalizer",
+        "names",
+        "teacher",
+    }
     assert len(kd["adapters"]) == 5
     assert kd["teacher"]["weights"] == str(tiny_teacher("fcos").weights)
     assert kd["teacher"]["config_file"] == str(tiny_teacher("fcos").config_file)
@@ -214,6 +221,33 @@ class TestResume:
         trainer = tiny_runs.DistillationTrainer(changed)
         trainer.resume_or_load(resume=True)
         assert trainer.start_iter == 3
+
+    def test_other_distillers_stop(
+        self, finished: tuple[CfgNode, Path], tiny_student: Student, tiny_teacher: MakeTeacher
+    ) -> None:
+        """Here by one that has no tensors of its own, whose adapters are there too."""
+        keys = {"OUTPUT_DIR": str(finished[1]), "KD.DISTILLERS": ["SSIM", "PKD"]}
+        trainer = tiny_runs.DistillationTrainer(
+            tiny_student("fcos", tiny_teacher("fcos"), keys, name="new")
+        )
+        message = r"had the distillers FeatureLp, this config has PKD, SSIM\. Resume with the same"
+        with pytest.raises(ValueError, match=message):
+            trainer.resume_or_load(resume=True)
+
+    def test_a_weight_that_was_given_is_measured_if_it_is_no_more(
+        self,
+        finished: tuple[CfgNode, Path],
+        tiny_student: Student,
+        tiny_teacher: MakeTeacher,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        keys = {"OUTPUT_DIR": str(finished[1]), "KD.FEATURE_LP.WEIGHT": None}
+        trainer = tiny_runs.DistillationTrainer(
+            tiny_student("fcos", tiny_teacher("fcos"), keys, name="new")
+        )
+        with caplog.at_level(logging.INFO):
+            trainer.resume_or_load(resume=True)
+        assert "FeatureLp: its weight was given before, and is measured from here" in caplog.text
 
     def test_a_stock_checkpoint_is_not_resumed(self, tiny_student: Student) -> None:
         cfg = tiny_student("fcos")
