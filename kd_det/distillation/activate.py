@@ -5,8 +5,9 @@ Captures are resolved, both models run once on a blank image (`probe`), pyramids
 strides, and adapters are built for the pairs.
 """
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,10 +133,13 @@ def _resolve(
             "teacher or in both models, a module one in the teacher alone."
         )
     dense = spec.kind == "predictions"
+    with _advice(spec.advice):
+        own = None if spec.student is None else CapturePath.parse(spec.student, student)
+        other = CapturePath.parse(str(spec.teacher), teacher.model)
     return ResolvedCapture(
         spec,
-        None if spec.student is None else CapturePath.parse(spec.student, student),
-        CapturePath.parse(str(spec.teacher), teacher.model),
+        own,
+        other,
         decode_student=_decoder(student, view.factor) if dense and sides[0] else None,
         decode_teacher=_decoder(teacher.model, teacher.view.factor) if dense else None,
     )
@@ -200,14 +204,25 @@ def _pair(
     assert item.student is not None and item.teacher is not None
     levels = own.levels(item.student), other.levels(item.teacher)
     pairs = pair_levels(*levels, resample=resample)[: item.spec.levels or None]
-    adapters = build_adapters(
-        pairs,
-        *levels,
-        mode=item.spec.adapter or distiller.adapter,
-        kernel=distiller.adapter_kernel,
-        bias=distiller.adapter_bias,
-    ).to(own.device)
-    return replace(item, pairs=tuple(pairs)), adapters
+    free = item.spec.adapter is None  # the config's to say
+    with _advice("Set the distiller's ADAPTER to 'auto'." if free else item.spec.advice):
+        adapters = build_adapters(
+            pairs,
+            *levels,
+            mode=item.spec.adapter or distiller.adapter,
+            kernel=distiller.adapter_kernel,
+            bias=distiller.adapter_bias,
+        )
+    return replace(item, pairs=tuple(pairs)), adapters.to(own.device)
+
+
+@contextlib.contextmanager
+def _advice(text: str) -> Iterator[None]:
+    """Say after an error what to change."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error} {text}".rstrip()) from error
 
 
 def _rows(

@@ -173,8 +173,7 @@ def build_adapters(
         inputs, outputs = student[pair.student].channels, teacher[pair.teacher].channels
         if mode == "never" and inputs != outputs:
             raise ValueError(
-                f"Levels {pair.name} have {inputs} and {outputs} channels and adapters are off; "
-                "set the distiller's ADAPTER to 'auto'."
+                f"Levels {pair.name} have {inputs} and {outputs} channels and adapters are off."
             )
         needed = mode == "always" or inputs != outputs
         adapters.append(

@@ -47,6 +47,7 @@ class CaptureSpec:
         levels: of what both models give, only the finest n pairs; 0 for all.
         adapter: of a pyramid; None for the distiller's.
         bins: of predictions of both, the distributions of the boxes' sides are compared.
+        advice: what to change where a model lacks it or, with an `adapter`, has another width.
     """
 
     name: str
@@ -56,6 +57,7 @@ class CaptureSpec:
     levels: int = 0
     adapter: AdapterMode | None = None
     bins: bool = False
+    advice: str = ""
 
 
 @dataclass
@@ -132,8 +134,7 @@ class Step:
         teacher: per "predictions" capture of the teacher alone, what it predicts, in the loaded
             image's pixels.
         targets: ground truth in the loaded image's frame.
-        features: the student's captured tensors, before adapters and cuts: where the pull of
-            distillers and of detection losses is compared.
+        features: the student's captured tensors, before adapters and cuts; pulls are compared there.
         maps: per "pyramid" capture of the teacher alone, its levels from fine to coarse.
         predictions: per "predictions" capture of both, the paired levels from fine to coarse.
         modules: per "module" capture, the teacher's module.

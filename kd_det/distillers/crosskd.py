@@ -42,6 +42,8 @@ from kd_det.functional.scores import confidence
 
 # The two towers of Detectron2's dense heads, and what predicts from them.
 _TOWERS = {"cls": ("cls_subnet", "cls_score"), "reg": ("bbox_subnet", "bbox_pred")}
+# Whose predictions follow from what enters their towers.
+_SERVED = "FCOS, ATSS, GFL, AutoAssign, DDOD or FSAF"
 
 
 @DISTILLER_REGISTRY.register()
@@ -125,7 +127,12 @@ class CrossKD(Distiller):
                 part: f"{self.head}.{tower}^{self.reuse_from - 1}"
                 for part, (tower, _) in _TOWERS.items()
             }
-            entries = [CaptureSpec(part, path, path) for part, path in paths.items()]
+            advice = (
+                f"KD.CROSSKD.REUSE_FROM is {self.reuse_from}: so many convolutions must stand in "
+                f"each tower of both models' {self.head}. Take fewer, or 0, which lets the "
+                "student's pyramid enter the teacher's head."
+            )
+            entries = [CaptureSpec(part, path, path, advice=advice) for part, path in paths.items()]
         return [
             *entries,
             CaptureSpec("predictions", None, self.head, "predictions"),
@@ -150,14 +157,14 @@ class CrossKD(Distiller):
             raise ValueError(
                 f"KD.CROSSKD: the teacher's {self.head} ({type(head).__name__}) has no "
                 f"{', '.join(missing) or 'anchors'}; take a teacher with the head of RetinaNet, "
-                "FCOS, ATSS or GFL."
+                f"{_SERVED}."
             )
         # A head says so where more than a tower and a convolution makes its predictions.
         if not getattr(head, "predicts_from_towers", True):
             raise ValueError(
                 f"KD.CROSSKD: the predictions of the teacher's {self.head} ({type(head).__name__}) "
                 "do not follow from what its towers give at each position; take a teacher with the "
-                "head of RetinaNet, FCOS, ATSS, GFL or DDOD."
+                f"head of RetinaNet, {_SERVED}."
             )
         factor = modules["teacher"].view_factor
         generator: Any = model.anchor_generator

@@ -10,6 +10,7 @@ q and p are softmaxes of each channel over the cells of the level, of teacher an
 (`functional.cwd`). The maps are the neck's, or the head's class logits before the sigmoid.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 from detectron2.config import CfgNode
@@ -70,8 +71,14 @@ class CWD(PyramidDistiller):
             mask_padding=mask_padding,
             student_capture=logits_capture if logits else student_capture,
             teacher_capture=logits_capture if logits else teacher_capture,
-            adapter="never" if logits else adapter,
+            adapter=adapter,
         )
+        if logits:
+            advice = (
+                "KD.CWD.FEATURES is 'logits': take a teacher with as many classes and anchors as "
+                "the student, or FEATURES 'neck'."
+            )
+            self.spec = replace(self.spec, adapter="never", advice=advice)
         expect_choice("KD.CWD.FEATURES", features, Features)
         expect_number("KD.CWD.TAU", tau, low=1e-6)
         self.uses_class_scores = logits

@@ -94,7 +94,13 @@ class FRS(PyramidDistiller):
         """Return the pyramids, the teacher's scores and, where they are compared, both scores."""
         specs = [self.spec, CaptureSpec("richness", None, self.scores)]
         if self.beta > 0:
-            specs.append(CaptureSpec("scores", self.scores, self.scores, adapter="never"))
+            advice = (
+                "FRS compares class scores: take a teacher with as many classes and anchors as the "
+                "student, or KD.FRS.BETA 0 to compare features alone."
+            )
+            specs.append(
+                CaptureSpec("scores", self.scores, self.scores, adapter="never", advice=advice)
+            )
         return specs
 
     def build(

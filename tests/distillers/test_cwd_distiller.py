@@ -68,7 +68,7 @@ def test_class_logits_are_compared_as_they_are() -> None:
     neck, logits = CWD(), CWD(features="logits", adapter="always")
     assert not neck.uses_class_scores
     assert logits.uses_class_scores
-    assert (logits.spec.student, logits.adapter) == ("head.cls_score", "never")
+    assert (logits.spec.student, logits.spec.adapter) == ("head.cls_score", "never")
     with pytest.raises(ValueError, match=r"KD.CWD.FEATURES is 'head', expected 'neck' or 'logits'"):
         CWD(features="head")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"KD.CWD.TAU is 0"):

@@ -176,10 +176,12 @@ class TestRefusals:
         cfg = tiny_student("fcos", tiny_teacher("faster_rcnn"), own)
         refuse(cfg, TypeError, "Nothing decodes the dense predictions of GeneralizedRCNN")
         cfg = tiny_student("fcos", tiny_teacher("fcos"), keys_of("CROSSKD", {}))
-        refuse(cfg, ValueError, r"'head.cls_subnet\^2': the module has 1 ReLU activations")
+        refuse(cfg, ValueError, r"'head.cls_subnet\^2': .*REUSE_FROM is 3: .*Take fewer, or 0")
+        cfg = tiny_student("faster_rcnn", tiny_teacher("fcos"), keys_of("CROSSKD", {}))
+        refuse(cfg, ValueError, r"no module 'head.cls_subnet'; .*REUSE_FROM is 3: .*or 0")
         narrow = keys_of("CROSSKD", {"REUSE_FROM": 1, "ADAPTER": "never"})
         cfg = tiny_student("fcos", tiny_teacher("fcos"), narrow)
-        refuse(cfg, ValueError, r"have 32 and 48 channels and adapters are off; set .*ADAPTER")
+        refuse(cfg, ValueError, r"have 32 and 48 channels and adapters are off\. Set .*ADAPTER")
         cfg = tiny_student("gfl", tiny_teacher("reppoints"), keys_of("CROSSKD", {"REUSE_FROM": 1}))
         refuse(cfg, ValueError, r"\(RepPointsHead\) do not follow from what its towers give")
 
@@ -203,8 +205,13 @@ class TestRefusals:
         refuse(cfg, TypeError, "Nothing decodes the dense predictions of GeneralizedRCNN")
 
     @pytest.mark.parametrize(
-        ("method", "keys"),
-        [("BCKD", {}), ("CWD", {"FEATURES": "logits"}), ("FRS", {})],
+        ("method", "keys", "detector"),
+        [
+            ("BCKD", {}, "fcos"),
+            ("CWD", {"FEATURES": "logits"}, "fcos"),
+            ("FRS", {}, "fcos"),
+            ("LD", {}, "gfl"),
+        ],
     )
     def test_other_classes(
         self,
@@ -212,9 +219,10 @@ class TestRefusals:
         tiny_teacher: MakeTeacher,
         method: str,
         keys: dict[str, Any],
+        detector: str,
     ) -> None:
-        settings = {**keys_of(method, keys), "MODEL.FCOS.NUM_CLASSES": 3}
-        cfg = tiny_student("fcos", tiny_teacher("fcos"), settings)
+        settings = {**keys_of(method, keys), f"MODEL.{detector.upper()}.NUM_CLASSES": 3}
+        cfg = tiny_student(detector, tiny_teacher(detector), settings)
         refuse(cfg, ValueError, "The student predicts 3 classes, the teacher 2")
 
     def test_class_logits_of_other_anchors(
@@ -222,4 +230,6 @@ class TestRefusals:
     ) -> None:
         settings = keys_of("CWD", {"FEATURES": "logits"})
         cfg = tiny_student("fcos", tiny_teacher("retinanet"), settings)
-        refuse(cfg, ValueError, "2 and 18 channels")
+        refuse(cfg, ValueError, r"2 and 18 channels and adapters are off\. .*or FEATURES 'neck'")
+        cfg = tiny_student("fcos", tiny_teacher("retinanet"), keys_of("FRS", {}))
+        refuse(cfg, ValueError, r"2 and 18 channels and adapters are off\. .*KD.FRS.BETA 0")
