@@ -182,7 +182,8 @@ class ActiveDistiller(nn.Module):
         if calibrating or (watched and any(x.requires_grad for x in step.features)):
             found = pull(torch.stack(list(parts.values())).sum(), detection, step.features)
         if self.auto is not None and calibrating and found is not None:
-            self.auto.measure(found.ratio)
+            norms = {"its": found.distiller, "the detection losses'": found.detection}
+            self.auto.measure(found.ratio, norms)
         weight = self.schedule(iteration) * (1.0 if self.auto is None else self.auto.weight)
         storage.put_scalar(f"kd/{self.slug}/weight", weight)
         if found is not None and watched:

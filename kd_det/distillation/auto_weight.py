@@ -10,6 +10,7 @@ not. It is measured at the start only: a weight that kept following it would gro
 student comes close to its teacher, would undo the schedule, and would follow no loss's gradient.
 """
 
+import itertools
 import logging
 import math
 import statistics
@@ -20,6 +21,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from kd_det.distillation.schedule import Schedule
 from kd_det.distillers import Distiller, node_name
 from kd_det.distillers.shares import share_of
 from kd_det.functional.reduce import sum_over_processes
@@ -49,7 +51,8 @@ def auto_weights(
         trained: whether the student starts from trained weights.
 
     Raises:
-        ValueError: a distiller has a WEIGHT and a SHARE of its own; only one can hold.
+        ValueError: a distiller has a WEIGHT and a SHARE of its own, of which only one can hold; or
+            its schedule ends before its weight could be measured.
     """
     out = {}
     for name, distiller in distillers.items():
@@ -59,6 +62,7 @@ def auto_weights(
             start = min(_START, cfg.SOLVER.MAX_ITER // 100)
             share = share_of(distiller, node, trained=trained)
             _logger.info("%s: its weight sets itself, by a SHARE of %g.", name, share)
+            _expect_active(name, node, cfg.SOLVER.MAX_ITER, start)
             out[name] = AutoWeight(name, share, captured=paths, start=start)
         elif node.SHARE is not None:
             key = f"KD.{node_name(name)}"
@@ -69,6 +73,20 @@ def auto_weights(
         else:
             _logger.info("%s: weight %g, as given.", name, node.WEIGHT)
     return out
+
+
+def _expect_active(name: str, node: CfgNode, max_iter: int, start: int) -> None:
+    """Raise ValueError where a schedule leaves a weight that sets itself nothing to measure."""
+    schedule = Schedule.from_config(node, max_iter)
+    active = (iteration for iteration in range(max_iter) if schedule(iteration) > 0)
+    if next(itertools.islice(active, start, None), None) is None:
+        key = f"KD.{node_name(name)}.SCHEDULE"
+        raise ValueError(
+            f"{name}: its weight is measured after {start} active iterations, and {key} "
+            f"(STOP_AT {node.SCHEDULE.STOP_AT}, STEPS {list(node.SCHEDULE.STEPS)}, FACTORS "
+            f"{list(node.SCHEDULE.FACTORS)}) has no more of them in {max_iter} iterations. "
+            "Let it be active longer, or set its WEIGHT."
+        )
 
 
 class AutoWeight:
@@ -106,6 +124,7 @@ class AutoWeight:
         self._rested = 0
         self._logs: list[float] = []
         self._frozen: float | None = None
+        self._norms: Mapping[str, Tensor] = {}
         self._warned: set[str] = set()
 
     @property
@@ -120,18 +139,20 @@ class AutoWeight:
         self._rested += 1
         return True
 
-    def measure(self, ratio: Tensor) -> None:
+    def measure(self, ratio: Tensor, norms: Mapping[str, Tensor] | None = None) -> None:
         """
         Take one step's ratio into account. Every process calls it in every calibration step.
 
         Args:
             ratio: this process's |d L_kd / d F| / |d L_det / d F|, scalar; zero, infinite or NaN
                 where it could not be measured.
+            norms: for messages: whose gradients they are, and scalars.
 
         Raises:
             ValueError: ten times as many steps as needed gave no single ratio.
         """
         self._seen += 1
+        self._norms = norms or {}
         log = ratio.detach().double().log()
         counts = log.isfinite().double()
         both = torch.stack([torch.nan_to_num(log, nan=0.0, posinf=0.0, neginf=0.0), counts])
@@ -188,12 +209,15 @@ class AutoWeight:
         if weight != wanted and "clamped" not in self._warned:
             self._warned.add("clamped")
             _logger.warning(
-                "%s: a share of %g would need the weight %.3g (ratio %.3g at weight 1); "
+                "%s: a share of %g would need the weight %.3g (ratio %.3g at weight 1%s); "
                 "it stays at %.3g.",
                 self.name,
                 self.share,
                 wanted,
                 math.exp(median),
+                "".join(
+                    f", {whose} gradient {float(norm):.3g}" for whose, norm in self._norms.items()
+                ),
                 weight,
             )
         return weight

@@ -82,14 +82,15 @@ class TestVectors:
             [0.125, 0.102062073, 0.083333333, 0.083333333, 0.102062073]
         )
 
-    def test_clamped(self, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize(("value", "weight"), [(1e-12, 1e6), (1e12, 1e-9)])
+    def test_clamped(self, value: float, weight: float, caplog: pytest.LogCaptureFixture) -> None:
         auto = AutoWeight("x", 1.0)
-        auto.measure(ratio(1e-12))
+        auto.measure(ratio(value), {"its": ratio(value * 4), "the other's": ratio(4.0)})
         with caplog.at_level(logging.WARNING):
-            assert (auto.weight, auto.weight) == (1e6, 1e6)
-        assert [
-            r.getMessage().startswith("x: a share of 1 would need") for r in caplog.records
-        ] == [True]
+            assert (auto.weight, auto.weight) == (weight, weight)
+        (message,) = (r.getMessage() for r in caplog.records)
+        assert message.startswith("x: a share of 1 would need the weight")
+        assert f"gradient {value * 4:.3g}, the other's gradient 4)" in message
 
     def test_ratio_of_two_losses(self) -> None:
         feature = wave((2, 3), 1, 0.5, 0).requires_grad_()
@@ -254,6 +255,92 @@ class TestInARun:
             "FeatureLp": 5,
             "SSIM": 5,
         }
+
+    @pytest.mark.parametrize(
+        "course",
+        [{"STOP_AT": 4}, {"STEPS": [0], "FACTORS": [0.0]}, {"STEPS": [0, 497], "FACTORS": [0, 1]}],
+    )
+    def test_a_course_without_time_to_measure_is_refused(
+        self, tiny_student: Student, tiny_teacher: MakeTeacher, course: dict[str, Any]
+    ) -> None:
+        """Of 500 iterations the first five active ones rest."""
+        keys = {f"KD.FEATURE_LP.SCHEDULE.{key}": value for key, value in course.items()}
+        keys = self.keys(**keys, **{"SOLVER.MAX_ITER": 500})
+        message = r"measured after 5 active iterations, and KD.FEATURE_LP.SCHEDULE .* no more"
+        with pytest.raises(ValueError, match=message):
+            build_model(tiny_student("fcos", tiny_teacher("fcos"), keys))
+
+    def test_it_is_frozen_where_the_distiller_stops(
+        self, tiny_student: Student, tiny_teacher: MakeTeacher
+    ) -> None:
+        keys = self.keys(**{"KD.FEATURE_LP.SCHEDULE.STOP_AT": 2})
+        trainer, recorder = tiny_runs.train(tiny_student("fcos", tiny_teacher("fcos"), keys))
+        auto = trainer._trainer.model.active["FeatureLp"].auto
+        assert not auto.calibrating and len(auto.state_dict()["logs"]) == 2
+        assert ["loss_kd_feature_lp" in step for step in recorder.steps] == [True] * 2 + [False] * 3
+
+    def test_the_order_of_distillers_is_no_matter(
+        self,
+        tiny_student: Student,
+        tiny_teacher: MakeTeacher,
+        tiny_records: list[dict[str, Any]],
+    ) -> None:
+        """Each is measured against the detection losses alone."""
+        found = []
+        for names in (["FeatureLp", "SSIM"], ["SSIM", "FeatureLp"], ["SSIM"]):
+            keys = {"KD.DISTILLERS": names, "KD.FEATURE_LP.ADAPTER": "never"}
+            wide = {"MODEL.FPN.OUT_CHANNELS": 48, "KD.SSIM.ADAPTER": "never"}
+            cfg = tiny_student("fcos", tiny_teacher("fcos"), self.keys(**keys, **wide), names[0])
+            torch.manual_seed(1)
+            model = build_model(cfg)
+            _, storage = tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records), 0)
+            found.append(
+                {
+                    name: storage.history(f"kd/{name}/weight").latest()
+                    for name in (x.lower().replace("lp", "_lp") for x in names)
+                }
+            )
+        assert found[0] == found[1]
+        assert found[2]["ssim"] == found[0]["ssim"]
+
+    def test_a_start_from_a_checkpoint_measures_anew(
+        self, tiny_student: Student, tiny_teacher: MakeTeacher, tmp_path: Path
+    ) -> None:
+        tiny_runs.train(tiny_student("fcos", tiny_teacher("fcos"), self.keys(), "first"))
+        (first,) = tmp_path.rglob("first/model_final.pth")
+        keys = self.keys(**{"MODEL.WEIGHTS": str(first)})
+        trainer, _ = tiny_runs.train(
+            tiny_student("fcos", tiny_teacher("fcos"), keys, "second"), until=1
+        )
+        auto = trainer._trainer.model.active["FeatureLp"].auto
+        assert len(auto.state_dict()["logs"]) == 1
+
+    def test_says_which_weights_are_in_force(
+        self,
+        tiny_student: Student,
+        tiny_teacher: MakeTeacher,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        keys = self.keys(**{"KD.DISTILLERS": ["FeatureLp", "SSIM"], "KD.SSIM.WEIGHT": 4.0})
+        with caplog.at_level(logging.INFO):
+            build_model(tiny_student("fcos", tiny_teacher("fcos"), keys))
+        told = [r.getMessage() for r in caplog.records]
+        assert "FeatureLp: its weight sets itself, by a SHARE of 0.3." in told
+        assert "SSIM: weight 4, as given." in told
+
+    def test_a_step_warns_at_once_of_a_weight_that_commands(
+        self,
+        tiny_student: Student,
+        tiny_teacher: MakeTeacher,
+        tiny_records: list[dict[str, Any]],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        keys = {"KD.FEATURE_LP.WEIGHT": 1e4, "KD.GRAD_SHARE_PERIOD": 200}
+        cfg = tiny_student("fcos", tiny_teacher("fcos"), keys)
+        model = build_model(cfg)
+        tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records), 1)
+        assert "feature_lp: the gradient of its loss" in caplog.text
+        assert "lower its WEIGHT, or remove it" in caplog.text
 
     def test_a_weight_and_a_share_are_refused(
         self, tiny_student: Student, tiny_teacher: MakeTeacher
