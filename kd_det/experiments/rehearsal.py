@@ -16,7 +16,10 @@ from kd_det.experiments.recipe import RecipeError
 
 def rehearse_runs(runs: Sequence[Run], folder: Path) -> None:
     """
-    Build on the CPU what runs will build, once for all seeds of an arm; progress goes to stderr.
+    Build what runs will build, once for all seeds of an arm; progress goes to stderr.
+
+    On the CPU, since the GPU's memory is the runs'; on their own device where a layer has no
+    implementation there, as Detectron2's modulated deformable convolution.
 
     Args:
         runs: those without a result, each after those it needs.
@@ -47,18 +50,27 @@ def _kind(run: Run) -> tuple[str, ...]:
 
 
 def _rehearse(run: Run, folder: str, stand_ins: dict[Run, str]) -> None:
-    cfg = _config(run)
-    if not run.iterations:
-        rehearse_evaluation(cfg, folder=folder)
-        return
     teacher = next((other for other in run.needs if other.is_teacher), None)
     weights = stand_ins.get(teacher, "") if teacher is not None else ""
-    stand_ins[run] = rehearse(cfg, folder=folder, teacher=weights)
+
+    def build(cfg: CfgNode) -> None:
+        if run.iterations:
+            stand_ins[run] = rehearse(cfg, folder=folder, teacher=weights)
+        else:
+            rehearse_evaluation(cfg, folder=folder)
+
+    own, on_cpu = _config(run), _config(run)
+    on_cpu.MODEL.DEVICE = "cpu"
+    try:
+        build(on_cpu)
+    except NotImplementedError:
+        if own.MODEL.DEVICE == "cpu":
+            raise
+        build(own)
 
 
 def _config(run: Run) -> CfgNode:
     cfg = load_config(str(run.config_file), run.opts)
-    cfg.MODEL.DEVICE = "cpu"  # the GPU's memory is the runs'
     parents = [str(other.checkpoint) for other in run.needs if not other.is_teacher]
     if cfg.MODEL.WEIGHTS in parents:
         cfg.MODEL.WEIGHTS = ""  # not there yet

@@ -1,5 +1,6 @@
 """`kd-det compare` finds mistakes of every arm before the first run starts."""
 
+import dataclasses
 import re
 import time
 from collections.abc import Callable
@@ -11,9 +12,9 @@ import rehearsals
 import tiny_runs
 import yaml
 
-from kd_det.experiments import runs
+from kd_det.experiments import rehearsal, runs
 from kd_det.experiments.plan import make_plan
-from kd_det.experiments.recipe import read_recipe
+from kd_det.experiments.recipe import RecipeError, read_recipe
 from kd_det.experiments.rehearsal import rehearse_runs
 from kd_det_cli import main
 
@@ -89,3 +90,29 @@ def test_every_arm_once_for_all_seeds_and_nothing_left(
     names = ("teacher", "arm none", "arm good", "arm odd")
     assert checked == [f"Checking {name} ({i} of 4)" for i, name in enumerate(names, 1)]
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(("own", "used"), [("cuda", ["cpu", "cuda"]), ("cpu", ["cpu"])])
+def test_what_no_cpu_can_do_is_checked_on_the_runs_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, used: list[str]
+) -> None:
+    devices = []
+
+    def rehearse(cfg: Any, **options: Any) -> str:
+        devices.append(cfg.MODEL.DEVICE)
+        if devices[-1] == "cpu":
+            raise NotImplementedError("Deformable Conv is not supported on CPUs!")
+        return ""
+
+    monkeypatch.setattr(rehearsal, "rehearse", rehearse)
+    recipe = write_recipe(tmp_path, {})
+    plan = make_plan(read_recipe(str(recipe)), tmp_path / "out")
+    (run,) = (run for run in plan.runs if (run.name, run.seed) == ("none", 0))
+    run = dataclasses.replace(run, opts=(*run.opts, "MODEL.DEVICE", own))
+    tmp_path.joinpath("out").mkdir()
+    if own == "cuda":
+        rehearse_runs([run], tmp_path / "out")
+    else:
+        with pytest.raises(RecipeError, match=r"NotImplementedError: Deformable Conv"):
+            rehearse_runs([run], tmp_path / "out")
+    assert devices == used
