@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from kd_det.engine.launch import ProcessFailed
+
 _LOGGERS = ("detectron2", "fvcore", "kd_det")
 # Log files that could not be written, of a full disk.
 _UNWRITABLE: set[str] = set()
@@ -82,6 +84,9 @@ def plain_errors() -> Iterator[None]:
         sys.exit(130)
     except Exception as error:
         logged = _log_file()
+        if isinstance(error, ProcessFailed):
+            print(f"\n{error}", file=sys.stderr)
+            sys.exit(1)
         if logged is None and not isinstance(error, KeyError | ValueError | OSError):
             raise
         logging.getLogger("kd_det").error("The job ended with an error:", exc_info=True)

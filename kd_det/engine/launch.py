@@ -2,6 +2,7 @@
 Starting one or many processes: Detectron2's launcher on GPUs, or torchrun on GPUs or CPUs.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_det.engine.job import Job
@@ -30,6 +32,7 @@ def launch(main: Callable[[Job], Any], job: Job) -> Any:
 
     Raises:
         RuntimeError: more GPUs are asked for than there are.
+        ProcessFailed: one of the processes that were started here ended with an error.
     """
     args, device = job.args, job.cfg.MODEL.DEVICE  # a wrong config stops here, in one process
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
@@ -42,14 +45,40 @@ def launch(main: Callable[[Job], Any], job: Job) -> Any:
             f"--num-gpus {args.num_gpus}, but this machine has {found}. For several CPU processes "
             "use `torchrun --nproc-per-node N train_net.py ...`."
         )
-    return detectron2_launch(
-        main,
-        args.num_gpus,
-        args.num_machines,
-        args.machine_rank,
-        dist_url=args.dist_url,
-        args=(job,),
-    )
+    try:
+        return detectron2_launch(
+            _started,
+            args.num_gpus,
+            args.num_machines,
+            args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, job),
+        )
+    except ProcessRaisedException as error:
+        # Its text is the traceback of that process, which has logged it.
+        raise ProcessFailed(error.error_index, str(error).strip().splitlines()[-1]) from None
+
+
+class ProcessFailed(Exception):
+    """
+    One of several processes ended with an error, which its log file has.
+
+    Args:
+        rank: of the process on this machine.
+        error: its class and message.
+    """
+
+    def __init__(self, rank: int, error: str) -> None:
+        super().__init__(f"process {rank} ended with {error}")
+
+
+def _started(main: Callable[[Job], Any], job: Job) -> Any:
+    """Run in a process of its own, which logs the error that it ends with."""
+    try:
+        return main(job)
+    except Exception:
+        logging.getLogger("kd_det").error("The job ended with an error:", exc_info=True)
+        raise
 
 
 def _join_torchrun(main: Callable[[Job], Any], job: Job, device: str) -> Any:

@@ -4,10 +4,14 @@ import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_runs
+import torch
 
-from kd_det.engine import console
+from kd_det.engine import console, launch
+from kd_det.engine.job import Job
 
 
 class FullDisk(io.StringIO):
@@ -46,3 +50,32 @@ def test_a_log_that_cannot_be_written_is_told_once(
         "",
         "OSError: [Errno 28] no room for model.pth",
     ]
+
+
+def _fail(job: Any) -> None:
+    raise FloatingPointError("the loss is nan")
+
+
+def test_the_error_of_a_process_that_was_started_is_its_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As with --num-gpus 2, but for the devices."""
+
+    def start(main: Any, num: int, *rest: Any, dist_url: str, args: tuple[Any, ...]) -> None:
+        torch.multiprocessing.start_processes(
+            _take_rank, args=(main, args), nprocs=num, start_method="fork"
+        )
+
+    path = tiny_runs.write_config(tmp_path / "run.yaml", "fcos", {})
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launch, "detectron2_launch", start)
+    job = Job.from_command_line(["--config-file", str(path), "--num-gpus", "2"])
+    with pytest.raises(SystemExit) as stop, console.plain_errors():
+        launch.launch(_fail, job)
+    assert stop.value.code == 1
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.endswith("ended with FloatingPointError: the loss is nan")
+
+
+def _take_rank(rank: int, main: Any, args: tuple[Any, ...]) -> None:
+    main(*args)
