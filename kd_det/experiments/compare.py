@@ -97,7 +97,8 @@ class Comparison:
         Look whose report is in the folder; one of the same recipe is replaced.
 
         Raises:
-            RecipeError: the folder holds the report of another recipe or test set.
+            RecipeError: the folder holds the report of another recipe or test set, or one with arms
+                or seeds that this one would lose.
         """
         there = read_json(self.pages[1])
         if there is None:
@@ -108,6 +109,24 @@ class Comparison:
             raise RecipeError(
                 f"{self.out} holds the report of recipe {found[0]} on {found[1]}, which this "
                 f"recipe, {own[0]} on {own[1]}, would replace; choose another --out, or move "
+                f"{', '.join(path.name for path in self.pages)} away."
+            )
+        lost = [
+            f"{what} {', '.join(map(str, gone))}"
+            for what, before, now in (
+                (
+                    "arms",
+                    [arm["name"] for arm in there["arms"]],
+                    [a.name for a in self.recipe.arms],
+                ),
+                ("seeds", there["arms"][0]["seeds"], self.recipe.seeds),
+            )
+            if (gone := [x for x in before if x not in now])
+        ]
+        if lost:
+            raise RecipeError(
+                f"The report in {self.out} has {' and '.join(lost)}, which this call leaves out; "
+                f"repeat it with them, choose another --out, or move "
                 f"{', '.join(path.name for path in self.pages)} away."
             )
 

@@ -166,6 +166,15 @@ def test_another_recipe_does_not_replace_the_report(lab, capsys):
     assert lab.calls() == [] and (lab.out / "report.json").is_file()
 
 
+def test_a_part_of_the_recipe_does_not_replace_the_whole_report(lab, capsys):
+    assert compare_lab(lab) == 0
+    whole = (lab.out / "report.json").read_bytes()
+    capsys.readouterr()
+    assert compare_lab(lab, "--arms", "l2", "--seeds", "1") == 2
+    assert "has arms again and seeds 0, which this call leaves out" in capsys.readouterr().err
+    assert (lab.out / "report.json").read_bytes() == whole
+
+
 def test_images_are_chosen_by_their_annotations_alone():
     images = [{"id": i} for i in range(10)]
     few = [{"image_id": i} for i in range(10)]

@@ -71,25 +71,23 @@ def _pulls(subject: Subject, quantity: str) -> list[tuple[int, str, Curve]]:
 
 
 def costs(subject: Subject) -> Html:
-    """Return seconds and memory."""
+    """Return steps and memory."""
     report = subject.report
     rows = [
         (
             entry["label"],
             f"{entry['iterations']}",
-            _number(entry["sec_per_step"], ".3f"),
             _number(entry["peak_memory_mb"], ".0f"),
         )
         for entry in ({**report["teacher"], "label": "teacher"}, *report["arms"])
     ]
     return section(
         "costs",
-        "Seconds and memory",
-        table(("", "steps", "s/step", "peak MB"), rows),
+        "Steps and memory",
+        table(("", "steps", "peak MB"), rows),
         paragraph(
-            "Median wall time of a training step, which says little of arms beside each other: "
-            "other runs shared the machine, and kd-det bench compares speeds. Peak memory of the "
-            "training process.",
+            "Peak memory of the training process. Speeds are for kd-det bench: these runs shared "
+            "the machine with each other.",
             class_="soft",
         ),
     )
