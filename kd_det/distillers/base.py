@@ -134,7 +134,7 @@ class Step:
         teacher: per "predictions" capture of the teacher alone, what it predicts, in the loaded
             image's pixels.
         targets: ground truth in the loaded image's frame.
-        features: the student's captured tensors, before adapters and cuts; pulls are compared there.
+        features: the student's captured tensors, before adapters and cuts; pulls compare there.
         maps: per "pyramid" capture of the teacher alone, its levels from fine to coarse.
         predictions: per "predictions" capture of both, the paired levels from fine to coarse.
         modules: per "module" capture, the teacher's module.

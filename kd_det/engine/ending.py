@@ -9,22 +9,28 @@ import time
 from types import FrameType
 from typing import Any
 
+import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+
+from kd_det.functional.reduce import sum_over_processes
 
 _logger = logging.getLogger(__name__)
 #: Set for a process whose standard input is a pipe from the one that started it and waits for it.
 PARENT_PIPE = "KD_DET_PARENT_PIPE"
 # A step and a checkpoint; after that nobody waits any longer.
 _GRACE_SECONDS = 30.0
+# One process that stopped by itself would leave the others waiting for it.
+_STEPS_BETWEEN_QUESTIONS = 10
 
 
 class StopWhenAsked(HookBase):
     """
     On Ctrl-C or a termination signal, ends the step under way, saves a checkpoint, and stops.
 
-    The second Ctrl-C stops at once, and so does the first during the final evaluation. Stands last
-    among the hooks, since a step ends with it.
+    Several processes stop after the same step: every tenth they ask each other. The second Ctrl-C
+    stops at once, and so does the first during the final evaluation. Stands last among the hooks,
+    since a step ends with it.
     """
 
     def __init__(self) -> None:
@@ -51,10 +57,19 @@ class StopWhenAsked(HookBase):
         last = self.trainer.iter + 1 >= self.trainer.max_iter
         if last:
             self._listen_no_more()  # the final checkpoint is there; what is left is to evaluate
-        elif self._asked:
+        elif self._is_asked():
             name = f"model_{self.trainer.iter:07d}"
             self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
             raise KeyboardInterrupt
+
+    def _is_asked(self) -> bool:
+        """Return whether this process was asked, or any of several, which all come here."""
+        if comm.get_world_size() == 1:
+            return self._asked
+        if (self.trainer.iter + 1) % _STEPS_BETWEEN_QUESTIONS:
+            return False
+        device = next(self.trainer.model.parameters()).device
+        return sum_over_processes(torch.tensor(float(self._asked), device=device)).item() > 0
 
     def after_train(self) -> None:
         """Give the signals back."""
@@ -65,8 +80,9 @@ class StopWhenAsked(HookBase):
             raise KeyboardInterrupt
         self._asked = True
         _logger.warning(
-            "%s: stopping after this step, with a checkpoint. Once more: at once.",
+            "%s: stopping after this step%s, with a checkpoint. Once more: at once.",
             signal.Signals(number).name,
+            "" if comm.get_world_size() == 1 else f" or one of the next {_STEPS_BETWEEN_QUESTIONS}",
         )
 
     def _listen_no_more(self) -> None:

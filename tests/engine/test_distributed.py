@@ -77,6 +77,7 @@ def test_whole_run_with_evaluation_and_resume(
         "DATASETS.TEST": [tiny_data["name"]],
         "TEST.EVAL_PERIOD": 2,
         "SOLVER.CHECKPOINT_PERIOD": 2,
+        "KD.FEATURE_LP.WEIGHT": None,
     }
     config = tiny_runs.write_config(tmp_path / "run.yaml", "fcos", keys)
     tiny_runs.torchrun(config)
@@ -94,6 +95,12 @@ def test_whole_run_with_evaluation_and_resume(
         "model_final.pth",
     ]
     tiny_runs.torchrun(config, "--eval-only")
+
+    # The weight, which two processes measured together, goes on in one.
+    before = content["kd"]["auto_weights"]["FeatureLp"]["logs"]
+    main(["--config-file", str(config), "--resume", "SOLVER.MAX_ITER", "6"])
+    after = torch.load(folder / "model_final.pth")["kd"]["auto_weights"]["FeatureLp"]["logs"]
+    assert len(before) == 5 and after[:5] == before and len(after) == 6
 
 
 class TestDistribute:

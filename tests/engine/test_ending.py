@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
+from kd_det.engine import ending
 from kd_det.engine.folder_lock import claimed
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.experiments.plan import Run
@@ -73,6 +75,30 @@ def test_a_second_one_stops_at_once(tiny_student: Student) -> None:
     cfg = tiny_student("fcos")
     interrupted(cfg, Signal(signal.SIGINT, at=1, times=2))
     assert not list(Path(cfg.OUTPUT_DIR).glob("*.pth"))
+
+
+@pytest.mark.parametrize("asked_elsewhere", [False, True])
+def test_several_processes_stop_after_the_same_step(
+    tiny_student: Student, monkeypatch: pytest.MonkeyPatch, asked_elsewhere: bool
+) -> None:
+    """Whichever of them was asked, here between the second and the third question."""
+    questions: list[float] = []
+
+    def add_the_other(value: torch.Tensor) -> torch.Tensor:
+        questions.append(value.item())
+        return value + float(asked_elsewhere and len(questions) == 3)
+
+    cfg = tiny_student("fcos", None, {"SOLVER.MAX_ITER": 9})
+    monkeypatch.setattr(ending, "_STEPS_BETWEEN_QUESTIONS", 2)
+    monkeypatch.setattr(ending, "sum_over_processes", add_the_other)
+
+    monkeypatch.setattr(ending, "comm", types.SimpleNamespace(get_world_size=lambda: 2))
+    if asked_elsewhere:
+        interrupted(cfg, HookBase())
+    else:
+        interrupted(cfg, Signal(signal.SIGINT, at=4))
+    assert questions == [0.0, 0.0, 0.0 if asked_elsewhere else 1.0]
+    assert [file.name for file in Path(cfg.OUTPUT_DIR).glob("*.pth")] == ["model_0000005.pth"]
 
 
 def start(script: str, *words: str) -> "subprocess.Popen[str]":
