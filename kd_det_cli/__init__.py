@@ -34,10 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         The process's exit code; 2 where the arguments are wrong.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    args = parser().parse_args(words)
+    if args.command is None:
+        parser().print_help()
+        return 2
+    return COMMANDS[args.command].run(args, words[1:])
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return what reads the arguments of all subcommands."""
+    whole = argparse.ArgumentParser(
         prog="kd-det", description="Knowledge distillation for Detectron2"
     )
-    commands = parser.add_subparsers(dest="command", metavar="|".join(COMMANDS))
+    commands = whole.add_subparsers(dest="command", metavar="|".join(COMMANDS))
     for name, module in COMMANDS.items():
         text = str(module.__doc__)
         summary = text.strip().split("\n")[0]
@@ -48,8 +57,4 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(sub)
-    args = parser.parse_args(words)
-    if args.command is None:
-        parser.print_help()
-        return 2
-    return COMMANDS[args.command].run(args, words[1:])
+    return whole

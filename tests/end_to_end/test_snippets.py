@@ -6,16 +6,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
+import torch
 import yaml
+from detectron2.modeling import build_model
 from tiny_runs import TinyTeacher
 
-from kd_det.config import load_config
+from kd_det.config import load_config, student_cfg
 from kd_det.engine.main import main
 from kd_det.experiments.recipe import read_recipe
-from kd_det_cli import COMMANDS
+from kd_det_cli import COMMANDS, parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,7 +39,7 @@ def test_getting_started(
     """The distilled run and what ships of it, word for word but for the teacher's path."""
     page = ROOT / "docs" / "getting_started.md"
     distilled, own_data, recipe = snippets(page, "yaml")
-    (ship,) = snippets(page, "python")
+    ship, _ = snippets(page, "python")
     teacher = tiny_teacher("retinanet")
     keys = {"KD.DATASETS": [tiny_data], "SOLVER.MAX_ITER": 2}
     tiny_runs.write_config(tmp_path / "student.yaml", "retinanet", keys)
@@ -52,6 +55,36 @@ def test_getting_started(
     assert [arm.name for arm in read_recipe("recipe.yaml").arms] == ["none", "ssim"]
     (tmp_path / "data.yaml").write_text(own_data)
     assert list(load_config("data.yaml").DATASETS.TRAIN) == ["mine_train"]
+
+
+def test_stock_detectron2_builds_an_fcos_that_was_distilled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the page's code, which names nothing of kd_det; it predicts what kd_det's own does."""
+    _, plain = snippets(ROOT / "docs" / "getting_started.md", "python")
+    assert "kd_det" not in plain
+    cfg = load_config(
+        str(ROOT / "configs" / "coco" / "crosskd" / "fcos_r101_r50_2x_ms.yaml"),
+        ["MODEL.DEVICE", "cpu"],
+    )
+    own = build_model(student_cfg(cfg)).eval()
+    (file,) = re.findall(r'load\("(.+)"\)', plain)
+    (tmp_path / file).parent.mkdir(parents=True)
+    torch.save({"model": own.state_dict()}, tmp_path / file)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(plain, names)
+    stock = names["model"].eval()
+    assert tiny_runs.equal_states(dict(own.state_dict()), dict(stock.state_dict()))
+    image = {"image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)}
+    models = [own, stock]
+    for model in models:
+        model.test_score_thresh = 0.0  # random weights are sure of nothing
+    with torch.no_grad():
+        found = [model([image])[0]["instances"].get_fields() for model in models]
+    assert len(found[0]["scores"]) > 0
+    assert torch.equal(found[0]["pred_boxes"].tensor, found[1]["pred_boxes"].tensor)
+    assert torch.equal(found[0]["scores"], found[1]["scores"])
 
 
 def test_recipes(tmp_path: Path) -> None:
@@ -109,6 +142,8 @@ def test_commands_exist(page: str, line: str) -> None:
     assert words[0] in ("kd-det", "train_net.py", "pytest", "torchrun"), line
     if words[0] == "kd-det":
         assert words[1] in COMMANDS, line
+        if "--" in line and "[" not in line:
+            parser().parse_args(words[1:])  # exits where an argument is unknown or missing
     for word in words:
         if word.startswith("configs/"):
             assert (ROOT / word).is_file(), line
