@@ -8,19 +8,18 @@ prediction imitates the teacher's own:
 
     L = CLS_WEIGHT / N+ * sum |sigmoid(z^) - sigmoid(z^T)|^beta CE(z^, sigmoid(z^T))
       + REG_WEIGHT * (boxes: 1 / N+ * sum w (1 - GIoU)  or  bins: sum w KL / sum w)
+      + QUALITY_WEIGHT / N+ * sum over the positives of ATSS  CE(q^, sigmoid(q^T))
 
 w is the teacher's highest class probability (`functional.crosskd`). Both predictions are the
 teacher's, so the student may have other classes, anchors or another assignment; with REUSE_FROM 0
 it only needs a pyramid.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import CycleBatchNormList
 from torch import Tensor, nn
 
 from kd_det.distillers.base import (
@@ -33,15 +32,15 @@ from kd_det.distillers.base import (
 )
 from kd_det.distillers.built import LevelShape, TeacherModule
 from kd_det.distillers.checks import expect_choice, expect_number
-from kd_det.distillers.predictions import DensePredictions, PredictionPair, decode_dense
+from kd_det.distillers.crosskd_head import QUALITY, TOWERS, cross_predict, level_of
+from kd_det.distillers.predictions import DensePredictions, PredictionPair
+from kd_det.functional.atss import atss_assign
 from kd_det.functional.bckd import classification_loss
-from kd_det.functional.crosskd import BoxDistance, align_statistics, bin_loss, box_loss
-from kd_det.functional.level_grid import Grid, same_stride
+from kd_det.functional.crosskd import BoxDistance, bin_loss, box_loss, quality_loss
+from kd_det.functional.level_grid import Grid, same_stride, to_device
 from kd_det.functional.moments import Scope
 from kd_det.functional.scores import confidence
 
-# The two towers of Detectron2's dense heads, and what predicts from them.
-_TOWERS = {"cls": ("cls_subnet", "cls_score"), "reg": ("bbox_subnet", "bbox_pred")}
 # Whose predictions follow from what enters their towers.
 _SERVED = "FCOS, ATSS, GFL, AutoAssign, DDOD or FSAF"
 
@@ -70,6 +69,8 @@ class CrossKD(Distiller):
         # Weights of class scores (FCOS: .4) and of boxes (GFL's bins: 4; GIoU: 1; FCOS: .75).
         node.CLS_WEIGHT = 1.0
         node.REG_WEIGHT = 4.0
+        # Weight of the boxes' quality at the positives of ATSS, for such a teacher (release: 1).
+        node.QUALITY_WEIGHT = 0.0
         # Exponent of the difference of probabilities.
         node.BETA = 1.0
         # Boxes that are no distributions: "giou", or "log_iou" for -log IoU (FCOS).
@@ -89,6 +90,7 @@ class CrossKD(Distiller):
         adapter: AdapterMode = "auto",
         cls_weight: float = 1.0,
         reg_weight: float = 4.0,
+        quality_weight: float = 0.0,
         beta: float = 1.0,
         box: BoxDistance = "giou",
         scope: Scope = "batch",
@@ -104,6 +106,7 @@ class CrossKD(Distiller):
         expect_number("KD.CROSSKD.REUSE_FROM", reuse_from)
         expect_number("KD.CROSSKD.CLS_WEIGHT", cls_weight)
         expect_number("KD.CROSSKD.REG_WEIGHT", reg_weight)
+        expect_number("KD.CROSSKD.QUALITY_WEIGHT", quality_weight)
         expect_number("KD.CROSSKD.BETA", beta)
         expect_choice("KD.CROSSKD.BOX", box, BoxDistance)
         expect_choice("KD.CROSSKD.SCOPE", scope, Scope)
@@ -113,6 +116,8 @@ class CrossKD(Distiller):
         self.adapter = adapter
         self.cls_weight = cls_weight
         self.reg_weight = reg_weight
+        self.quality_weight = quality_weight
+        self._topk = 9  # until `build` has seen the teacher
         self.beta = beta
         self.box: BoxDistance = box
         self.scope: Scope = scope
@@ -125,7 +130,7 @@ class CrossKD(Distiller):
         else:
             paths = {
                 part: f"{self.head}.{tower}^{self.reuse_from - 1}"
-                for part, (tower, _) in _TOWERS.items()
+                for part, (tower, _) in TOWERS.items()
             }
             advice = (
                 f"KD.CROSSKD.REUSE_FROM is {self.reuse_from}: so many convolutions must stand in "
@@ -149,7 +154,7 @@ class CrossKD(Distiller):
         head = model.get_submodule(self.head)
         missing = [
             name
-            for names in _TOWERS.values()
+            for names in TOWERS.values()
             for name in names
             if not isinstance(getattr(head, name, None), nn.Module)
         ]
@@ -166,6 +171,14 @@ class CrossKD(Distiller):
                 "do not follow from what its towers give at each position; take a teacher with the "
                 f"head of RetinaNet, {_SERVED}."
             )
+        if self.quality_weight > 0:
+            if not isinstance(getattr(head, QUALITY, None), nn.Module):
+                raise ValueError(
+                    f"KD.CROSSKD.QUALITY_WEIGHT is {self.quality_weight:g}, but the teacher's "
+                    f"{self.head} ({type(head).__name__}) does not say how good its boxes are; set "
+                    "it to 0, or take an ATSS teacher."
+                )
+            self._topk = int(getattr(getattr(model, "options", None), "topk", self._topk))
         factor = modules["teacher"].view_factor
         generator: Any = model.anchor_generator
         read = [float(stride) * factor for stride in generator.strides]
@@ -180,8 +193,16 @@ class CrossKD(Distiller):
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return the losses "cls" and "reg"."""
         own = step.teacher["predictions"]
-        entries = {part: step.pairs[part if self.reuse_from else "features"] for part in _TOWERS}
-        cross = self._cross_head(step.modules["teacher"], entries, own)
+        entries = {part: step.pairs[part if self.reuse_from else "features"] for part in TOWERS}
+        cross = cross_predict(
+            step.modules["teacher"],
+            entries,
+            own,
+            head=self.head,
+            reuse_from=self.reuse_from,
+            scope=self.scope,
+            quality=self.quality_weight > 0,
+        )
         pairs = [_compare(entry, cross, own) for entry in entries["cls"]]
         weights = [confidence(x.teacher.logits) for x in pairs]
         normalizer = step.normalizer(lambda: _total(weights, [x.valid() for x in pairs]))
@@ -194,10 +215,37 @@ class CrossKD(Distiller):
         ]
         weights = [w if v is None else w * v for w, v in zip(weights, valid, strict=True)]
         boxes = self._boxes(pairs, weights, step, normalizer)
-        return {
+        out = {
             "cls": torch.stack(classes).sum() * self.cls_weight,
             "reg": torch.stack(boxes).sum() * self.reg_weight,
         }
+        if self.quality_weight > 0:
+            out["quality"] = self._quality(pairs, step, normalizer) * self.quality_weight
+        return out
+
+    def _quality(
+        self, pairs: list[PredictionPair], step: Step, normalizer: float | Tensor
+    ) -> Tensor:
+        """Compare how good the boxes are said to be, at the positives of the teacher's anchors."""
+        anchors = [x.anchor_boxes() for x in pairs]
+        positive = torch.stack(
+            [
+                atss_assign(anchors, to_device(boxes, anchors[0].device), self._topk) >= 0
+                for boxes in step.targets.boxes
+            ]
+        ).float()
+        losses = []
+        for x, weight in zip(pairs, positive.split([len(a) for a in anchors], 1), strict=True):
+            assert x.student.quality is not None and x.teacher.quality is not None
+            losses.append(
+                quality_loss(
+                    x.student.quality,
+                    x.teacher.quality,
+                    weight * x.valid() if self.mask_padding else weight,
+                    normalizer=normalizer,
+                )
+            )
+        return torch.stack(losses).sum()
 
     def _boxes(
         self,
@@ -222,66 +270,17 @@ class CrossKD(Distiller):
             )
         return losses
 
-    def _cross_head(
-        self, teacher: TeacherModule, entries: Mapping[str, list[Pair]], own: DensePredictions
-    ) -> DensePredictions:
-        """Run the rest of the teacher's head on the student's features, level by level."""
-        head = teacher.module.get_submodule(self.head)
-        outputs: list[list[Tensor]] = []
-        for part, (tower, predictor) in _TOWERS.items():
-            rest = _rest_of(head.get_submodule(tower), self.reuse_from)
-            last = head.get_submodule(predictor)
-            maps: dict[int, Tensor] = {}
-            for pair in entries[part]:
-                level = _level(pair, own)
-                features = align_statistics(pair.student, pair.teacher, scope=self.scope)
-                with teacher.autocast(), _at_level(rest, level):
-                    for module in (*rest, last):
-                        features = module(features)
-                    scales = getattr(head, "scales", None) if part == "reg" else None
-                    maps[level] = features if scales is None else features * scales[level]
-            some = next(iter(maps.values()))
-            # Of levels without a partner nothing is read.
-            absent = some.new_zeros(*some.shape[:2], 1, 1)
-            outputs.append([maps.get(i, absent) for i in range(len(own.strides))])
-        return decode_dense(teacher.module, outputs).scaled(teacher.view_factor)
-
-
-@contextlib.contextmanager
-def _at_level(modules: Sequence[nn.Module], level: int) -> Iterator[None]:
-    """Tell norms that count their calls which level they see, and set them back."""
-    norms = [x for x in modules if isinstance(x, CycleBatchNormList)]
-    for norm in norms:
-        norm._pos = level
-    yield
-    for norm in norms:
-        norm._pos = 0
-
-
-def _rest_of(tower: nn.Module, reuse_from: int) -> list[nn.Module]:
-    """Return the layers after a number of convolutions, from the activation of the last one on."""
-    layers = list(tower.children())
-    if reuse_from == 0:
-        return layers
-    activations = [i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU)]
-    return layers[activations[reuse_from - 1] :]
-
-
-def _level(pair: Pair, own: DensePredictions) -> int:
-    """Return which of the teacher's own levels a pair is."""
-    return next(i for i, stride in enumerate(own.strides) if same_stride(stride, pair.stride))
-
 
 def _compare(entry: Pair, cross: DensePredictions, own: DensePredictions) -> PredictionPair:
     """Bring the cross-head prediction of a level and the teacher's own together."""
-    index = _level(entry, own)
+    index = level_of(entry, own)
     size = entry.student.shape[2], entry.student.shape[3]
     return PredictionPair(
         name=entry.name,
         grid=Grid(*size, entry.stride, own.offset),
         student=cross.level(index, size),
         teacher=own.level(index, size),
-        anchors=None,
+        anchors=own.anchors[index] if own.anchors else None,
         image_sizes=entry.image_sizes,
         masks=entry.masks,
     )

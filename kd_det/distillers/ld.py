@@ -25,12 +25,11 @@ from kd_det.functional.ld import (
     MAIN_FACTOR,
     VLR_FACTOR,
     Regions,
-    anchors_at,
     class_loss,
     find_regions,
     localization_loss,
 )
-from kd_det.functional.level_grid import grid_positions, to_device
+from kd_det.functional.level_grid import to_device
 from kd_det.functional.scores import confidence
 
 KDScope = Literal["level", "all"]
@@ -156,11 +155,7 @@ class LD(Distiller):
             Per level, both regions as (N, R) weights, 0 on padding where that is masked.
         """
         device = pairs[0].student.logits.device
-        anchors = []
-        for pair in pairs:
-            assert pair.anchors is not None  # checked when the model was built
-            positions = grid_positions([pair.grid], device).float()
-            anchors.append(anchors_at(positions, pair.anchors.float()))
+        anchors = [pair.anchor_boxes() for pair in pairs]
         found = [
             find_regions(anchors, to_device(x, device), topk=self.topk, gamma=self.gamma)
             for x in boxes

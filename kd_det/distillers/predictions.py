@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kd_det.functional.level_grid import Grid, cells_on_images
+from kd_det.functional.boxes import anchors_at
+from kd_det.functional.level_grid import Grid, cells_on_images, grid_positions
 
 # What a head returns: for each output (class logits first), one (N, D, H, W) per level.
 HeadOutputs = Sequence[list[Tensor]]
@@ -40,6 +41,7 @@ class DensePredictions:
             decoder does not say.
         distributions: (N, R, 4, n + 1) logits of the bins 0 .. n that the sides (left, top, right,
             bottom) lie in; None where boxes are predicted as numbers.
+        quality: (N, R) logits of how good each box is; None where the head does not say.
     """
 
     logits: list[Tensor]
@@ -49,6 +51,7 @@ class DensePredictions:
     offset: float
     anchors: list[Tensor] | None = None
     distributions: list[Tensor] | None = None
+    quality: list[Tensor] | None = None
 
     def anchors_per_position(self) -> int:
         """Return A."""
@@ -71,8 +74,8 @@ class DensePredictions:
             cells = values.unflatten(1, (*self.sizes[index], -1))
             return cells[:, : size[0], : size[1]].flatten(1, 3)
 
-        bins = None if self.distributions is None else cut(self.distributions[index])
-        return LevelPredictions(cut(self.logits[index]), cut(self.boxes[index]), bins)
+        more = [None if x is None else cut(x[index]) for x in (self.distributions, self.quality)]
+        return LevelPredictions(cut(self.logits[index]), cut(self.boxes[index]), *more)
 
     def scaled(self, factor: float) -> "DensePredictions":
         """Return the same predictions in the pixels of an image `factor` times as large."""
@@ -95,11 +98,13 @@ class LevelPredictions:
         logits: (N, R, K).
         boxes: (N, R, 4).
         distributions: (N, R, 4, n + 1), or None.
+        quality: (N, R), or None.
     """
 
     logits: Tensor
     boxes: Tensor
-    distributions: Tensor | None
+    distributions: Tensor | None = None
+    quality: Tensor | None = None
 
 
 @dataclass
@@ -112,7 +117,8 @@ class PredictionPair:
         grid: the common positions.
         student: carries the graph.
         teacher: no gradient.
-        anchors: (A, 2) width and height of the student's anchors, where its decoder says.
+        anchors: (A, 2) width and height of the anchors, the student's if it has its own, where
+            the decoder says.
         image_sizes: (N, 2) float, height and width of each loaded image without padding.
         masks: cells on images of every grid asked for so far; the pairs of a step share it.
     """
@@ -129,6 +135,12 @@ class PredictionPair:
     def stride(self) -> float:
         """Pixels of the loaded image per cell."""
         return self.grid.stride
+
+    def anchor_boxes(self) -> Tensor:
+        """Return the anchors at all positions, (R, 4) corners in pixels of the loaded image."""
+        assert self.anchors is not None  # checked when the model was built
+        positions = grid_positions([self.grid], self.student.logits.device)
+        return anchors_at(positions.float(), self.anchors.float())
 
     def valid(self) -> Tensor:
         """Return (N, R) float32 in {0, 1}: 1 where a position lies on the image."""

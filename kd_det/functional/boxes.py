@@ -124,3 +124,18 @@ def boxes_around(points: Tensor, distances: Tensor) -> Tensor:
         (..., 4) corners in pixels.
     """
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+
+
+def anchors_at(positions: Tensor, sizes: Tensor) -> Tensor:
+    """
+    Return the anchors of a level.
+
+    Args:
+        positions: (P, 2), x and y in pixels.
+        sizes: (A, 2), width and height in pixels.
+
+    Returns:
+        (P * A, 4) corners, the anchors of a position next to each other.
+    """
+    centers, half = positions[:, None], sizes / 2
+    return torch.cat([centers - half, centers + half], dim=2).flatten(0, 1)

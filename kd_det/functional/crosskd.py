@@ -12,6 +12,7 @@ the teacher's own z^T. With w_r = max_k sigmoid(z^T_rk):
     L_cls = 1/N+ sum |sigmoid(z^) - sigmoid(z^T)|^beta CE(z^, sigmoid(z^T))
     L_reg = 1/N+ sum w_r (1 - GIoU(b^_r, b^T_r))     or -log IoU (the release's FCOS)     boxes
     L_reg = 1/4 sum w_r sum_{4 sides} KL(softmax z^T || softmax z^) / max(sum w_r, 1)     bins
+    L_quality = 1/N+ sum_{positives} CE(q^, sigmoid(q^T))                                 ATSS
 
 L_cls is `bckd.classification_loss`. The release has the unbiased deviation and adds eps to the
 student's alone, so that equal features give slightly unequal predictions and a single cell NaN; it
@@ -22,6 +23,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kd_det.functional.boxes import aligned_giou, aligned_iou
 from kd_det.functional.divergence import softmax_divergence
@@ -116,3 +118,26 @@ def bin_loss(
     divergence = softmax_divergence(predicted, teacher).sum(-1)
     with torch.autocast(predicted.device.type, enabled=False):
         return (weight * divergence).sum() / 4 / total_weight
+
+
+def quality_loss(
+    predicted: Tensor, teacher: Tensor, weight: Tensor, *, normalizer: float | Tensor
+) -> Tensor:
+    """
+    Return L_quality of one level.
+
+    Args:
+        predicted: cross-head logits of the boxes' quality, (N, R).
+        teacher: its own logits, (N, R).
+        weight: (N, R): 1 at the positives of ATSS, 0 elsewhere and on padding.
+        normalizer: N+, at least 1.
+
+    Returns:
+        Scalar >= 0, float32 at least; least, but not 0, for equal logits; 0, on the graph, without
+        positives.
+    """
+    with torch.autocast(predicted.device.type, enabled=False):
+        target = at_least_float32(teacher.detach()).sigmoid()
+        own = at_least_float32(predicted)
+        loss = functional.binary_cross_entropy_with_logits(own, target, reduction="none")
+        return (weight * loss).sum() / normalizer

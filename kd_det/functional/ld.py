@@ -74,21 +74,6 @@ def class_loss(student: Tensor, teacher: Tensor, main: Tensor, *, tau: float = 2
     return mean * (tau**2 / student.shape[-1])
 
 
-def anchors_at(positions: Tensor, sizes: Tensor) -> Tensor:
-    """
-    Return the anchors of a level.
-
-    Args:
-        positions: (P, 2), x and y in pixels.
-        sizes: (A, 2), width and height in pixels.
-
-    Returns:
-        (P * A, 4) corners, the anchors of a position next to each other.
-    """
-    centers, half = positions[:, None], sizes / 2
-    return torch.cat([centers - half, centers + half], dim=2).flatten(0, 1)
-
-
 class Regions(NamedTuple):
     """
     Where the R anchors of an image are distilled.

@@ -3,17 +3,20 @@
 import contextlib
 import copy
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from contract import CHANNELS, STRIDES, DistillerContract, K, Scene
+from contract import CHANNELS, SIDES, STRIDES, DistillerContract, K, Scene, scene_for
 from detectron2.layers import CycleBatchNormList
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 import kd_det.modeling.dense.decoding  # noqa: F401
 from kd_det.distillers import CrossKD, LevelShape, Step, TeacherModule
 from kd_det.distillers.predictions import DensePredictions, decode_dense, register_decoder
+from kd_det.functional.crosskd import align_statistics
 
 
 class Head(nn.Module):
@@ -69,6 +72,24 @@ def make_teacher() -> Detector:
 TEACHER = make_teacher()
 
 
+class QualityDetector(Detector):
+    """Says how good its boxes are, and has square anchors of 4 strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.quality = nn.Conv2d(CHANNELS, 1, 3, padding=1)
+
+
+@register_decoder(QualityDetector)
+def decode_with_quality(model: QualityDetector, outputs: Any) -> DensePredictions:
+    """As `decode`, and the third output."""
+    return dataclasses.replace(
+        decode(model, outputs[:2]),
+        anchors=[torch.full((1, 2), 4 * stride) for stride in STRIDES],
+        quality=[x.flatten(1) for x in outputs[2]],
+    )
+
+
 def own_predictions(model: Detector, scene: Scene, reuse_from: int) -> DensePredictions:
     """What the teacher predicts from its own features, written out."""
     outputs: list[list[Tensor]] = [[], []]
@@ -102,6 +123,7 @@ class TestCrossKD(DistillerContract):
         "ADAPTER": "always",
         "CLS_WEIGHT": 0.4,
         "REG_WEIGHT": 0.75,
+        "QUALITY_WEIGHT": 0.5,
         "BETA": 2.0,
         "BOX": "log_iou",
         "SCOPE": "image",
@@ -186,3 +208,92 @@ def test_levels_that_the_head_does_not_read_are_refused() -> None:
     shared = {"teacher": TeacherModule(Detector(), contextlib.nullcontext)}
     with pytest.raises(ValueError, match=r"p2~p2 have stride 4.*strides 8, 16 only; set REUSE"):
         CrossKD(reuse_from=0).build(levels, shared)
+
+
+def quality_of(head: Head, features: Tensor, level: int) -> Tensor:
+    """(N, 1, H, W): the whole boxes' tower, then the quality, written out."""
+    for layer in head.bbox_subnet:
+        features = layer[level](features) if _cycles(layer) else layer(features)
+        if _cycles(layer):
+            features = features * layer.weight[:, None, None] + layer.bias[:, None, None]
+    quality: Tensor = head.quality(features)
+    return quality
+
+
+def positives_by_hand(boxes: Tensor) -> list[list[bool]]:
+    """Positives of ATSS per level, rows of cells; the anchors are squares of 4 strides."""
+    anchors, near = [], [[] for _ in boxes]  # type: ignore[var-annotated]
+    for (height, width), stride in zip(SIDES, STRIDES, strict=True):
+        centres = [
+            ((x + 0.5) * stride, (y + 0.5) * stride) for y in range(height) for x in range(width)
+        ]
+        first = len(anchors)
+        anchors += [
+            (x - 2 * stride, y - 2 * stride, x + 2 * stride, y + 2 * stride) for x, y in centres
+        ]
+        for found, (x0, y0, x1, y1) in zip(near, boxes.tolist(), strict=True):
+            middle = (x0 + x1) / 2, (y0 + y1) / 2
+            order = sorted(range(len(centres)), key=lambda i: math.dist(centres[i], middle))
+            found += [first + i for i in order[:9]]
+    chosen = [False] * len(anchors)
+    for found, box in zip(near, boxes, strict=True):
+        overlaps = box_iou(torch.tensor(anchors)[found].double(), box[None].double())[:, 0]
+        threshold = overlaps.mean() + overlaps.std()
+        for i, overlap in zip(found, overlaps, strict=True):
+            x, y = (anchors[i][0] + anchors[i][2]) / 2, (anchors[i][1] + anchors[i][3]) / 2
+            inside = box[0] < x < box[2] and box[1] < y < box[3]
+            chosen[i] |= bool(overlap >= threshold and inside)
+    cells = SIDES[0][0] * SIDES[0][1]
+    return [chosen[:cells], chosen[cells:]]
+
+
+class TestQuality:
+    """The boxes' quality at the positives of ATSS, against loops over positions."""
+
+    def step(self, scene: Scene) -> Step:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            model = QualityDetector().eval().requires_grad_(False)
+        step = scene.step()
+        outputs: list[list[Tensor]] = [[], [], []]
+        for i, x in enumerate(scene.teacher["features"]):
+            quality = quality_of(model.head, x.detach(), i)
+            outputs[0].append(quality.new_zeros(len(x), K, *x.shape[2:]))
+            outputs[1].append(quality.new_zeros(len(x), 4, *x.shape[2:]))
+            outputs[2].append(quality)
+        step.modules["teacher"] = TeacherModule(model, contextlib.nullcontext)
+        step.teacher["predictions"] = decode_dense(model, outputs)
+        return step
+
+    def test_is_that_of_the_loops(self) -> None:
+        distiller = CrossKD(reuse_from=0, quality_weight=0.5)
+        scene = scene_for(distiller.captures()).maps(Tensor.float)
+        step = self.step(scene)
+        found = distiller(step)["quality"]
+        head, total, count = step.modules["teacher"].module.head, 0.0, 0
+        positives = [positives_by_hand(boxes) for boxes in scene.boxes]
+        for i, pair in enumerate(step.pairs["features"]):
+            cross = quality_of(head, align_statistics(pair.student, pair.teacher), i).flatten(1)
+            own = quality_of(head, pair.teacher, i).flatten(1).sigmoid()
+            for n in range(len(cross)):
+                for r, positive in enumerate(positives[n][i]):
+                    if positive and pair.valid()[n].flatten()[r]:
+                        q, p = own[n, r].item(), cross[n, r].sigmoid().item()
+                        total -= q * math.log(p) + (1 - q) * math.log(1 - p)
+                        count += 1
+        assert count >= 3
+        assert found.item() == pytest.approx(0.5 * total / 3.0, rel=1e-5)  # N+ is 3
+
+    def test_without_objects_it_is_a_zero_on_the_graph(self) -> None:
+        distiller = CrossKD(reuse_from=0, quality_weight=0.5)
+        scene = scene_for(distiller.captures()).maps(Tensor.float).empty()
+        for x in scene.leaves("student"):
+            x.requires_grad_()
+        found = distiller(self.step(scene))["quality"]
+        assert found.item() == 0 and found.requires_grad
+
+    def test_a_teacher_that_says_nothing_of_its_boxes_is_refused(self) -> None:
+        shared = {"teacher": TeacherModule(Detector(), contextlib.nullcontext)}
+        message = r"QUALITY_WEIGHT is 0.5, but the teacher's head \(Head\) does not say how good"
+        with pytest.raises(ValueError, match=message):
+            CrossKD(quality_weight=0.5).build({}, shared)

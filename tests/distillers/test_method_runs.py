@@ -42,6 +42,13 @@ RUNS: list[tuple[str, str, str, dict[str, Any], list[str]]] = [
     ("CROSSKD", "gfl", "gfl", {"REUSE_FROM": 1}, ["_cls", "_reg"]),
     ("CROSSKD", "fcos", "retinanet", {"REUSE_FROM": 1}, ["_cls", "_reg"]),
     ("CROSSKD", "faster_rcnn", "atss", {"REUSE_FROM": 0}, ["_cls", "_reg"]),
+    (
+        "CROSSKD",
+        "atss",
+        "atss",
+        {"REUSE_FROM": 1, "QUALITY_WEIGHT": 1.0},
+        ["_cls", "_reg", "_quality"],
+    ),
     ("CROSSKD", "reppoints", "ddod", {"REUSE_FROM": 1, "BOX": "giou"}, ["_cls", "_reg"]),
     ("MGD", "faster_rcnn", "fcos", {}, [""]),
     ("FGD", "fcos", "faster_rcnn", {}, ["_fg", "_bg", "_attention", "_global"]),

@@ -13,6 +13,7 @@ from kd_det.functional.crosskd import (
     align_statistics,
     bin_loss,
     box_loss,
+    quality_loss,
 )
 from kd_det.functional.divergence import softmax_divergence
 from kd_det.functional.moments import Scope
@@ -188,6 +189,19 @@ def test_the_teacher_gets_no_gradient() -> None:
     assert not softmax_divergence(bins.detach(), bins).requires_grad
 
 
+def test_quality_by_hand() -> None:
+    """CE(0.5, 1 / 3) = (ln 3 + ln 1.5) / 2; the second position does not count."""
+    predicted, own = torch.tensor([[-math.log(2.0), 3.0]]), torch.zeros(1, 2)
+    weight = torch.tensor([[1.0, 0.0]])
+    found = quality_loss(predicted, own, weight, normalizer=4)
+    assert found.item() == pytest.approx((math.log(3) + math.log(1.5)) / 2 / 4)
+    predicted = wave((2, 3), 1, 0.7, 0).requires_grad_()
+    torch.autograd.gradcheck(
+        lambda x: quality_loss(x, wave((2, 3), 2, 0.3, 1), torch.ones(2, 3), normalizer=2),
+        predicted,
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_float32_under_autocast(dtype: torch.dtype) -> None:
     def aligned(student: Tensor, teacher: Tensor) -> Tensor:
@@ -203,6 +217,12 @@ def test_float32_under_autocast(dtype: torch.dtype) -> None:
     logits = wave((1, 2, 4, 5), 2, 0.31, 0), wave((1, 2, 4, 5), 2.5, 0.23, 0.4)
     assert_float32_whatever_autocast_says(bins, *logits, dtype=dtype)
     assert_float32_whatever_autocast_says(boxes, B_HAT, B_T, dtype=dtype)
+
+    def quality(student: Tensor, teacher: Tensor) -> Tensor:
+        return quality_loss(student, teacher, torch.ones(2, 3), normalizer=2)
+
+    logits = wave((2, 3), 2, 0.31, 0), wave((2, 3), 2.5, 0.23, 0.4)
+    assert_float32_whatever_autocast_says(quality, *logits, dtype=dtype)
 
 
 def test_an_unknown_distance_is_refused() -> None:

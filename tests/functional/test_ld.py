@@ -6,11 +6,11 @@ from torch import Tensor
 from waves import assert_float32_whatever_autocast_says, random, wave
 
 from kd_det.functional.atss import find_candidates
+from kd_det.functional.boxes import anchors_at
 from kd_det.functional.divergence import softmax_divergence
 from kd_det.functional.ld import (
     MAIN_FACTOR,
     VLR_FACTOR,
-    anchors_at,
     class_loss,
     find_regions,
     localization_loss,

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -209,7 +210,10 @@ class SinglePredictionDetector(DenseDetector, abc.ABC):
 
 @register_decoder(SinglePredictionDetector)
 def _decode(model: SinglePredictionDetector, head_outputs: HeadOutputs) -> DensePredictions:
-    return decode_levels(model, head_outputs, model.decode_boxes)
+    found = decode_levels(model, head_outputs, model.decode_boxes)
+    if len(head_outputs) < 3:
+        return found
+    return replace(found, quality=[at_least_float32(x).flatten(1) for x in head_outputs[2]])
 
 
 def _flatten(predictions: Sequence[list[Tensor]]) -> list[list[Tensor]]:
