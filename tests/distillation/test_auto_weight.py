@@ -121,6 +121,15 @@ class TestCourse:
         auto.measure(ratio(8.0))
         assert not auto.calibrating and auto.weight == pytest.approx(0.25)
 
+    def test_a_step_whose_float16_gradients_overflow_does_not_count(self) -> None:
+        """As with mixed precision: 100 times 1024 is more than float16 holds."""
+        feature = torch.ones(1, dtype=torch.float16, requires_grad=True)
+        auto = AutoWeight("x", 1.0, steps=1)
+        auto.measure(pull((feature.float() * 100).sum(), feature.float().sum(), [feature]).ratio)
+        assert auto.calibrating and auto.weight == 0
+        auto.measure(pull((feature.float() * 4).sum(), feature.float().sum(), [feature]).ratio)
+        assert not auto.calibrating and auto.weight == pytest.approx(0.25)
+
     def test_never_a_gradient_is_an_error_that_says_where(self) -> None:
         auto = AutoWeight("SSIM", 1.0, captured="backbone", steps=2)
         for _ in range(19):
