@@ -180,9 +180,13 @@ def _strengths(
             node = CfgNode()
             method.add_config(node)
         weight = overrides.get(f"KD.{node_name(name)}.WEIGHT", node.WEIGHT)
-        share = share_of(method, node, trained=starts_trained(cfg))
-        key, value = ("SHARE", share) if weight is None else ("WEIGHT", weight)
-        found[f"KD.{node_name(name)}.{key}"] = value
+        trained = starts_trained(cfg)
+        if weight is not None:
+            found[f"KD.{node_name(name)}.WEIGHT"] = weight
+        elif node.SHARE is not None or not trained or method.share_of_kin is None:
+            share = share_of(method, node, trained=trained, kin=False)
+            found[f"KD.{node_name(name)}.SHARE"] = share
+        # else the teacher's net decides, which is not built here
     return found
 
 

@@ -10,7 +10,7 @@ from kd_det.config import add_kd_config
 from kd_det.distillation.auto_weight import auto_weights
 from kd_det.distillation.detector import DistillationDetector
 from kd_det.distillation.schedule import Schedule
-from kd_det.distillation.teacher import Teacher, build_teacher
+from kd_det.distillation.teacher import Teacher, build_teacher, has_net_of
 from kd_det.distillation.unchanged import unchanged_rng
 from kd_det.distillation.views import View
 from kd_det.distillers import Distiller, distiller_class, node_name
@@ -114,7 +114,12 @@ def distill(
         schedules={
             name: Schedule.from_config(cfg.KD[node_name(name)], max_iter) for name in by_name
         },
-        autos=auto_weights(cfg, by_name, trained=not from_random),
+        autos=auto_weights(
+            cfg,
+            by_name,
+            trained=not from_random,
+            kin=teacher is not None and has_net_of(student, teacher.model),
+        ),
         view=View(view_factor, view_interpolation),
         inherit_patterns=list(inherit),
         resample_levels=resample_levels,

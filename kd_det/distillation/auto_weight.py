@@ -40,7 +40,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def auto_weights(
-    cfg: CfgNode, distillers: Mapping[str, Distiller], *, trained: bool
+    cfg: CfgNode, distillers: Mapping[str, Distiller], *, trained: bool, kin: bool
 ) -> dict[str, "AutoWeight"]:
     """
     Return the weights that set themselves: those of distillers without a WEIGHT.
@@ -49,6 +49,7 @@ def auto_weights(
         cfg: the full config.
         distillers: by entry of KD.DISTILLERS.
         trained: whether the student starts from trained weights.
+        kin: whether its teacher has its net below the pyramid.
 
     Raises:
         ValueError: a distiller has a WEIGHT and a SHARE of its own, of which only one can hold; or
@@ -60,7 +61,7 @@ def auto_weights(
         if node.WEIGHT is None:
             paths = ", ".join(sorted({s.student for s in distiller.captures() if s.student}))
             start = min(_START, cfg.SOLVER.MAX_ITER // 100)
-            share = share_of(distiller, node, trained=trained)
+            share = share_of(distiller, node, trained=trained, kin=kin)
             _logger.info("%s: its weight sets itself, by a SHARE of %g.", name, share)
             _expect_active(name, node, cfg.SOLVER.MAX_ITER, start)
             out[name] = AutoWeight(name, share, captured=paths, start=start)

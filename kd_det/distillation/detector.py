@@ -25,7 +25,7 @@ from kd_det.distillation.gradient_share import ShareWatch, measuring_period
 from kd_det.distillation.guiding import guided
 from kd_det.distillation.inherit import inherit
 from kd_det.distillation.schedule import Schedule
-from kd_det.distillation.teacher import Teacher, build_teacher
+from kd_det.distillation.teacher import Teacher, build_teacher, has_net_of
 from kd_det.distillation.unchanged import unchanged_rng
 from kd_det.distillation.views import View
 from kd_det.distillers import Distiller, Step, build_distiller, node_name
@@ -142,7 +142,12 @@ class DistillationDetector(nn.Module):
                 key: Schedule.from_config(cfg.KD[node_name(key)], cfg.SOLVER.MAX_ITER)
                 for key in distillers
             },
-            "autos": auto_weights(cfg, distillers, trained=starts_trained(cfg)),
+            "autos": auto_weights(
+                cfg,
+                distillers,
+                trained=starts_trained(cfg),
+                kin=teacher is not None and has_net_of(student, teacher.model),
+            ),
             "view": View(cfg.KD.STUDENT.VIEW_FACTOR, cfg.KD.STUDENT.VIEW_INTERPOLATION),
             "inherit_patterns": cfg.KD.INHERIT,
             "resample_levels": cfg.KD.RESAMPLE_LEVELS,

@@ -233,3 +233,19 @@ def other_channel_order(student: str, teacher: str) -> bool:
             "one BGR."
         )
     return True
+
+
+def has_net_of(student: nn.Module, teacher: nn.Module) -> bool:
+    """
+    Return whether the teacher's net below the pyramid holds the student's: R101's holds R50's.
+
+    Args:
+        student, teacher: plain models, with or without pyramids.
+    """
+    shapes = []
+    for model in (student, teacher):
+        backbone = getattr(model, "backbone", None)
+        net = getattr(backbone, "bottom_up", backbone)
+        named = [] if net is None else net.named_parameters()
+        shapes.append({key: x.shape for key, x in named})
+    return bool(shapes[0]) and shapes[0].items() <= shapes[1].items()

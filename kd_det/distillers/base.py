@@ -106,10 +106,8 @@ class TeacherMap(NamedTuple):
 @dataclass
 class Targets:
     """
-    Ground truth of the batch in the loaded image's frame, as loaded: on the CPU.
-
-    It stays there because its geometry decides the sizes of what is computed from it; read from a
-    device, every such decision would wait for it.
+    Ground truth of the batch in the loaded image's frame, as loaded: on the CPU, since its geometry
+    decides the sizes of what is computed from it, and each such decision would wait for a device.
 
     Attributes:
         boxes: per image (M, 4) absolute x0 y0 x1 y1 in pixels.
@@ -187,6 +185,7 @@ class Distiller(nn.Module):
         adapter_kernel, adapter_bias: of that convolution.
         share: what SHARE None means for a student that starts from random weights.
         share_of_trained: the same for a student that starts from trained ones.
+        share_of_kin: the same for such a student whose teacher has its net; None: as any teacher's.
         guide: name of the capture of the teacher's predictions by which the student's own ground
             truth is assigned while the distiller has a weight; None leaves that to the student.
     """
@@ -199,6 +198,7 @@ class Distiller(nn.Module):
     adapter_bias: bool = False
     share: ClassVar[float] = 0.3
     share_of_trained: ClassVar[float] = 0.3
+    share_of_kin: ClassVar[float | None] = None
     guide: str | None = None
 
     @classmethod

@@ -27,7 +27,7 @@ class SSIM(PyramidDistiller):
 
     config_key = "SSIM"
     # Structure may lead where features are still to be learnt, and takes room where they are there.
-    share = 3.0
+    share = share_of_kin = 3.0
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:

@@ -15,9 +15,12 @@ from detectron2.modeling import build_model
 from tiny_runs import TinyTeacher
 from waves import wave
 
+from kd_det import distill
+from kd_det.config import load_config
 from kd_det.distillation import active, gradient_share
 from kd_det.distillation.auto_weight import AutoWeight
 from kd_det.distillation.gradient_share import Pull, pull
+from kd_det.distillers import PKD, SSIM
 
 Student = Callable[..., CfgNode]
 MakeTeacher = Callable[[str], TinyTeacher]
@@ -376,6 +379,18 @@ class TestInARun:
             {"SSIM": 0.3, "FeatureLp": 0.3},
             {"SSIM": 0.7, "FeatureLp": 0.3},
         ]
+
+    def test_a_teacher_with_the_students_net_leads_harder(
+        self, tiny_student: Student, tmp_path: Path
+    ) -> None:
+        config = tiny_runs.write_config(tmp_path / "kin.yaml", "fcos", {"MODEL.FCOS.NUM_CONVS": 3})
+        weights = tiny_runs.save_random_weights(load_config(str(config)), tmp_path / "kin.pth")
+        keys = {**self.keys(), "KD.DISTILLERS": ["SSIM", "PKD"], "MODEL.WEIGHTS": "any.pth"}
+        model = build_model(tiny_student("fcos", TinyTeacher(config, weights), keys))
+        found = {name: active.auto.share for name, active in model.active.items()}
+        assert found == {"SSIM": 3.0, "PKD": 0.3}
+        again = distill(model.student, model.teacher, [SSIM(), PKD()], max_iter=9)
+        assert {name: x.auto.share for name, x in again.active.items()} == found
 
     def test_what_cannot_be_moved_is_refused_at_the_first_step(
         self,

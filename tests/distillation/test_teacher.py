@@ -11,6 +11,7 @@ import tiny_runs
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.modeling.backbone import FPN, BasicStem, ResNet
 from detectron2.solver import build_optimizer
 from tiny_runs import TinyTeacher
 from torch import nn
@@ -22,6 +23,7 @@ from kd_det.distillation.classes import check_same_classes
 from kd_det.distillation.teacher import (
     Teacher,
     build_teacher,
+    has_net_of,
     load_strictly,
     other_channel_order,
 )
@@ -403,3 +405,20 @@ class TestClasses:
     def test_unknown_names_are_not_compared(self, tiny_student: Student) -> None:
         unknown = tiny_student("fcos", None, {"DATASETS.TRAIN": ["not_here"]}, name="other")
         compare(tiny_student("fcos"), unknown)
+
+
+def test_which_teacher_has_the_students_net() -> None:
+    def model(depth: int, pyramid: bool = True) -> nn.Module:
+        out = nn.Module()
+        stages = ResNet.make_default_stages(depth)
+        out.backbone = ResNet(BasicStem(), stages, out_features=["res3", "res4"])
+        if pyramid:
+            out.backbone = FPN(out.backbone, ["res3", "res4"], 16)
+        return out
+
+    r50, r101 = model(50), model(101)
+    assert has_net_of(r50, r101) and has_net_of(r50, r50)
+    assert not has_net_of(r101, r50)
+    assert not has_net_of(r50, model(18))
+    assert has_net_of(model(50, pyramid=False), r101)
+    assert not has_net_of(nn.Linear(1, 1), r101)
