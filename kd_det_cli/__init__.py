@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The process's exit code; 2 where the arguments are wrong.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(words)
+    whole = parser()
+    args = whole.parse_args(words)
     if args.command is None:
-        parser().print_help()
+        whole.print_help()
         return 2
     return COMMANDS[args.command].run(args, words[1:])
 

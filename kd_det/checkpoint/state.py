@@ -78,11 +78,11 @@ class KDState:
         """Compare what a checkpoint was made with to this run, before anything is changed."""
         now = self.state_dict()
         advice = "or start afresh with MODEL.WEIGHTS set to the checkpoint."
-        was, own = (sorted(x.get("names", [])) for x in (state, now))
-        if "names" in state and was != own:
+        names = [sorted(x.get("names", [])) for x in (state, now)]
+        if "names" in state and names[0] != names[1]:
             raise ValueError(
-                f"The run to resume had the distillers {', '.join(was) or 'none'}, this config has "
-                f"{', '.join(own) or 'none'}. Resume with the same KD.DISTILLERS, {advice}"
+                f"The run to resume had the distillers {', '.join(names[0]) or 'none'}, this "
+                f"config has {', '.join(names[1]) or 'none'}. Resume with the same KD.DISTILLERS, {advice}"
             )
         for key in ("adapters", "distillers"):
             shapes = [{k: v.shape for k, v in x.get(key, {}).items()} for x in (state, now)]
@@ -92,12 +92,11 @@ class KDState:
                     f"this config ({', '.join(shapes[1]) or 'none'}). Resume with the same "
                     f"KD.DISTILLERS and models, {advice}"
                 )
-        before, here = state.get("teacher"), now.get("teacher")
-        if before and here and before["sha256"] != here["sha256"]:
+        was, own = state.get("teacher"), now.get("teacher")
+        if was and own and was["sha256"] != own["sha256"]:
             raise ValueError(
-                f"The run to resume was taught by {before['weights']} (sha256 "
-                f"{before['sha256'][:12]}), this config names {here['weights']} "
-                f"({here['sha256'][:12]}). Resume with the same "
+                f"The run to resume was taught by {was['weights']} (sha256 {was['sha256'][:12]}), "
+                f"this config names {own['weights']} ({own['sha256'][:12]}). Resume with the same "
                 f"teacher, {advice}"
             )
 

@@ -42,7 +42,7 @@ from kd_det.functional.moments import Scope
 from kd_det.functional.scores import confidence
 
 # Whose predictions follow from what enters their towers.
-_SERVED = "FCOS, ATSS, GFL, AutoAssign, DDOD or FSAF"
+_SERVED = "RetinaNet, FCOS, ATSS, GFL, AutoAssign, DDOD or FSAF"
 
 
 @DISTILLER_REGISTRY.register()
@@ -161,7 +161,7 @@ class CrossKD(Distiller):
         if missing or not hasattr(model, "anchor_generator"):
             raise ValueError(
                 f"KD.CROSSKD: the teacher's {self.head} ({type(head).__name__}) has no "
-                f"{', '.join(missing) or 'anchors'}; take a teacher with the head of RetinaNet, "
+                f"{', '.join(missing) or 'anchors'}; take a teacher with the head of "
                 f"{_SERVED}."
             )
         # A head says so where more than a tower and a convolution makes its predictions.
@@ -169,7 +169,7 @@ class CrossKD(Distiller):
             raise ValueError(
                 f"KD.CROSSKD: the predictions of the teacher's {self.head} ({type(head).__name__}) "
                 "do not follow from what its towers give at each position; take a teacher with the "
-                f"head of RetinaNet, {_SERVED}."
+                f"head of {_SERVED}."
             )
         if self.quality_weight > 0:
             if not isinstance(getattr(head, QUALITY, None), nn.Module):

@@ -103,31 +103,24 @@ class Comparison:
         there = read_json(self.pages[1])
         if there is None:
             return
+        away = f"move {', '.join(path.name for path in self.pages)} away"
         found = there.get("name"), (there.get("test_set") or {}).get("name")
         own = self.recipe.name, *self.plan.baseline_cfg.DATASETS.TEST
         if found != own:
             raise RecipeError(
                 f"{self.out} holds the report of recipe {found[0]} on {found[1]}, which this "
-                f"recipe, {own[0]} on {own[1]}, would replace; choose another --out, or move "
-                f"{', '.join(path.name for path in self.pages)} away."
+                f"recipe, {own[0]} on {own[1]}, would replace; choose another --out, or {away}."
             )
-        lost = [
-            f"{what} {', '.join(map(str, gone))}"
-            for what, before, now in (
-                (
-                    "arms",
-                    [arm["name"] for arm in there["arms"]],
-                    [a.name for a in self.recipe.arms],
-                ),
-                ("seeds", there["arms"][0]["seeds"], self.recipe.seeds),
-            )
-            if (gone := [x for x in before if x not in now])
-        ]
+        arms = {arm.name for arm in self.recipe.arms}
+        gone = {
+            "arms": [arm["name"] for arm in there["arms"] if arm["name"] not in arms],
+            "seeds": [x for x in there["arms"][0]["seeds"] if x not in self.recipe.seeds],
+        }
+        lost = [f"{what} {', '.join(map(str, items))}" for what, items in gone.items() if items]
         if lost:
             raise RecipeError(
                 f"The report in {self.out} has {' and '.join(lost)}, which this call leaves out; "
-                f"repeat it with them, choose another --out, or move "
-                f"{', '.join(path.name for path in self.pages)} away."
+                f"repeat it with them, choose another --out, or {away}."
             )
 
     def carry_out(self, command: str) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def _rehearse(run: Run, folder: str, stand_ins: dict[Run, str]) -> None:
         else:
             rehearse_evaluation(cfg, folder=folder)
 
-    own, on_cpu = _config(run), _config(run)
+    own = _config(run)
+    on_cpu = own.clone()
     on_cpu.MODEL.DEVICE = "cpu"
     try:
         build(on_cpu)

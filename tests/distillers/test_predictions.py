@@ -39,9 +39,11 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_new_detector_is_one_function_that_serves_its_subclasses() -> None:
-    with pytest.raises(TypeError, match=r"dense predictions of Child; known are ") as error:
+    with pytest.raises(
+        TypeError,
+        match=r"dense predictions of Child; known are .*FCOS, GFL, RetinaNet, SinglePrediction",
+    ):
         decoder_of(Child())
-    assert all(f" {name}" in str(error.value) for name in ("FCOS,", "GFL,", "RetinaNet,"))
     register_decoder(Parent)(decoding(4.0))
     assert decoder_of(Child())([[]]).strides == [4.0]
     register_decoder(Child)(decoding(2.0))
