@@ -72,7 +72,7 @@ def make_teacher() -> Detector:
 TEACHER = make_teacher()
 
 
-class QualityDetector(Detector):
+class DetectorWithQuality(Detector):
     """Says how good its boxes are, and has square anchors of 4 strides."""
 
     def __init__(self) -> None:
@@ -80,8 +80,8 @@ class QualityDetector(Detector):
         self.head.quality = nn.Conv2d(CHANNELS, 1, 3, padding=1)
 
 
-@register_decoder(QualityDetector)
-def decode_with_quality(model: QualityDetector, outputs: Any) -> DensePredictions:
+@register_decoder(DetectorWithQuality)
+def decode_with_quality(model: DetectorWithQuality, outputs: Any) -> DensePredictions:
     """As `decode`, and the third output."""
     return dataclasses.replace(
         decode(model, outputs[:2]),
@@ -253,7 +253,7 @@ class TestQuality:
     def step(self, scene: Scene) -> Step:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
-            model = QualityDetector().eval().requires_grad_(False)
+            model = DetectorWithQuality().eval().requires_grad_(False)
         step = scene.step()
         outputs: list[list[Tensor]] = [[], [], []]
         for i, x in enumerate(scene.teacher["features"]):

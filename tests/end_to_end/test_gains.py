@@ -8,10 +8,10 @@ import pytest
 from kd_det_cli import main
 
 RECIPE = Path(__file__).parents[2] / "configs" / "quickstart" / "recipe.yaml"
-# AP. Of a seed's difference to its control, twice the standard deviation over the seeds of
-# benchmarks/results/methods/report.json: SSIM's, L2's and PGD's is smaller; and that of half the
-# pixels, with and without MSAD's loss.
-NOISE, HALF_NOISE = 2.8, 9.2
+# AP. Of a seed's difference to its control, twice the standard deviation that SSIM's has over the
+# seeds of benchmarks/results/methods/report.json; L2's and PGD's are smaller. MSAD's, on half the
+# pixels, is wider, and this one seed within it all the same.
+NOISE = 2.8
 
 pytestmark = pytest.mark.slow
 
@@ -22,6 +22,6 @@ def test_no_method_falls_below_its_control_by_more_than_noise(tmp_path: Path) ->
     report = json.loads((tmp_path / "report.json").read_text())
     gains = {arm["name"]: arm["delta"]["mean"] for arm in report["arms"] if arm["delta"]}
     assert set(gains) == {"l2", "ssim", "pgd", "low_resolution", "msad"}
-    assert gains.pop("msad") - gains.pop("low_resolution") > -HALF_NOISE
+    gains["msad"] -= gains.pop("low_resolution")  # half the pixels, with and without MSAD's loss
     assert min(gains.values()) > -NOISE
     assert gains["l2"] > NOISE
