@@ -82,7 +82,8 @@ class KDState:
         if "names" in state and names[0] != names[1]:
             raise ValueError(
                 f"The run to resume had the distillers {', '.join(names[0]) or 'none'}, this "
-                f"config has {', '.join(names[1]) or 'none'}. Resume with the same KD.DISTILLERS, {advice}"
+                f"config has {', '.join(names[1]) or 'none'}. Resume with the same "
+                f"KD.DISTILLERS, {advice}"
             )
         for key in ("adapters", "distillers"):
             shapes = [{k: v.shape for k, v in x.get(key, {}).items()} for x in (state, now)]
