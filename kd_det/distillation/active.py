@@ -185,17 +185,16 @@ class ActiveDistiller(nn.Module):
             norms = {"its": found.distiller, "the detection losses'": found.detection}
             self.auto.measure(found.ratio, norms)
         weight = self.schedule(iteration) * (1.0 if self.auto is None else self.auto.weight)
-        storage.put_scalar(f"kd/{self.slug}/weight", weight)
+        log_fact(self.slug, "weight", weight)
         if found is not None and watched:
             self._log(found, weight, watch)
         return weight
 
     def _log(self, found: Pull, weight: float, watch: ShareWatch) -> None:
-        storage = get_event_storage()
         ratio, cosine = torch.stack([found.ratio, found.cosine]).tolist()
         for key, value in (("grad_share", ratio * weight), ("cosine", cosine)):
             if math.isfinite(value):
-                storage.put_scalar(f"kd/{self.slug}/{key}", value)
+                log_fact(self.slug, key, value)
         if self.auto is not None:
             watch.hear(self.slug, ratio * weight, wanted=self.auto.share)
             return
@@ -225,6 +224,16 @@ def slug_of(name: str, distiller: Distiller | type[Distiller]) -> str:
     """Return the name of an entry of KD.DISTILLERS in loss keys and logged scalars."""
     _, colon, label = name.partition(":")
     return f"{distiller.config_key.lower()}{colon}{label}"
+
+
+def log_fact(slug: str, quantity: str, value: float) -> None:
+    """
+    Log kd/<distiller>/<quantity> as it is.
+
+    Detectron2's writers otherwise give the median of the last 20 values: of shares, which are
+    measured seldom, that is one of thousands of iterations ago.
+    """
+    get_event_storage().put_scalar(f"kd/{slug}/{quantity}", value, smoothing_hint=False)
 
 
 def loss_key(slug: str, part: str) -> str:

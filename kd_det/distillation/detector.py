@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kd_det.config import starts_trained, student_cfg
 from kd_det.distillation.activate import activate
-from kd_det.distillation.active import ActiveDistiller, LossDict, WeightSchedule
+from kd_det.distillation.active import ActiveDistiller, LossDict, WeightSchedule, log_fact
 from kd_det.distillation.auto_weight import AutoWeight, auto_weights
 from kd_det.distillation.batch import Frame, targets_of
 from kd_det.distillation.gradient_share import ShareWatch, measuring_period
@@ -265,9 +265,8 @@ class DistillationDetector(nn.Module):
     @staticmethod
     def _idle(active: Mapping[str, ActiveDistiller]) -> LossDict:
         """Return the zero losses of distillers that rest."""
-        storage = get_event_storage()
         for one in active.values():
-            storage.put_scalar(f"kd/{one.slug}/weight", 0.0)
+            log_fact(one.slug, "weight", 0.0)
         return {key: loss for one in active.values() for key, loss in one.idle().items()}
 
 

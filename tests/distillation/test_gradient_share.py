@@ -161,6 +161,11 @@ def test_is_what_the_models_gradients_say(
     ]
     logged = storage.history("kd/feature_lp/grad_share").latest()
     assert logged == pytest.approx(norms[0] / norms[1], rel=1e-4)
+    # Writers give what was measured, no median over the last 20 measurements.
+    for quantity in ("grad_share", "cosine", "weight"):
+        key = f"kd/feature_lp/{quantity}"
+        storage.put_scalar(key, -5.0, smoothing_hint=False)
+        assert storage.latest_with_smoothing_hint(20)[key][0] == -5.0
 
     for _ in range(FIRST):
         model.share_watch.hear("feature_lp", 1.0)
