@@ -13,7 +13,7 @@ out so that each has every class; the counts of boxes decided, no model did.
 import argparse
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +30,10 @@ SPLITS = ("train", *BLOCKS)
 LARGE = {"large_train": ("train",), "large_test": ("val", "test")}
 #: Bounds of LARGE: boxes of a photograph, and their median area as part of it.
 MAX_BOXES, MIN_MEDIAN_AREA = 10, 0.015
+#: Parts of many and small animals, the hard ones, likewise.
+MANY = {"many_train": ("train",), "many_test": ("val", "test")}
+#: Bounds of MANY.
+MIN_BOXES, MAX_MEDIAN_AREA = 6, 0.01
 SHORT_SIDE = 256
 
 
@@ -95,8 +99,9 @@ def make_aquarium(source: Path, out: Path) -> None:
         if image["file_name"] not in files:
             raise FileNotFoundError(f"{source} lacks {image['file_name']}, which a *.json names")
         _add(made[split_of(image["file_name"])], image, annotations, files, out)
-    for name, parts in LARGE.items():
-        made[name] = few_and_large([made[part] for part in parts])
+    for parts_of, choose in ((LARGE, few_and_large), (MANY, many_and_small)):
+        for name, parts in parts_of.items():
+            made[name] = choose([made[part] for part in parts])
     for split, content in made.items():
         lines = json.dumps(content).replace('{"id"', '\n{"id"')
         (out / "annotations" / f"{split}.json").write_text(lines + "\n")
@@ -109,6 +114,18 @@ def few_and_large(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Args:
         contents: in COCO format, of the same categories; one after the other, numbered anew.
     """
+    return _select(contents, lambda x: 1 <= len(x) <= MAX_BOXES and median(x) >= MIN_MEDIAN_AREA)
+
+
+def many_and_small(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return those with MIN_BOXES boxes or more, of a median area below MAX_MEDIAN_AREA."""
+    return _select(contents, lambda x: len(x) >= MIN_BOXES and median(x) < MAX_MEDIAN_AREA)
+
+
+def _select(
+    contents: Sequence[dict[str, Any]], keep: Callable[[list[float]], bool]
+) -> dict[str, Any]:
+    """Return the photographs that `keep` chooses by its boxes' areas, as parts of it."""
     out: dict[str, Any] = {
         "images": [],
         "annotations": [],
@@ -116,7 +133,7 @@ def few_and_large(contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     for image, annotations in _records(contents):
         areas = [x["area"] / (image["width"] * image["height"]) for x in annotations]
-        if not 1 <= len(areas) <= MAX_BOXES or median(areas) < MIN_MEDIAN_AREA:
+        if not keep(areas):
             continue
         image_id = len(out["images"]) + 1
         out["images"].append({**image, "id": image_id})

@@ -34,7 +34,7 @@ SHAPES: dict[str, tuple[Style, str, int]] = {
 }
 # Photographs for training, for choosing, and for reporting: see datasets/aquarium256/README.md.
 AQUARIUM = Path(__file__).resolve().parents[2] / "datasets" / "aquarium256"
-AQUARIUM_PARTS = ("train", "val", "test", "large_train", "large_test")
+AQUARIUM_PARTS = ("train", "val", "test", "large_train", "large_test", "many_train", "many_test")
 _KEYS = ("name", "json", "images")
 _BONE_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167))
 

@@ -14,8 +14,10 @@ from PIL import Image
 from kd_det.data.aquarium import (
     BLOCKS,
     LARGE,
+    MANY,
     few_and_large,
     make_aquarium,
+    many_and_small,
     scale_box,
     short_side_size,
     split_of,
@@ -81,25 +83,28 @@ def test_parts_are_disjoint_and_complete() -> None:
     assert not set(BLOCKS["val"]) & set(BLOCKS["test"])
 
 
-@pytest.mark.parametrize("part", list(LARGE))
-def test_the_large_parts_are_taken_from_the_others(part: str) -> None:
+@pytest.mark.parametrize("part", [*LARGE, *MANY])
+def test_the_large_and_the_small_parts_are_taken_from_the_others(part: str) -> None:
     content = annotations(part)
-    assert content == few_and_large([annotations(split) for split in LARGE[part]])
+    choose, splits = (few_and_large, LARGE) if part in LARGE else (many_and_small, MANY)
+    assert content == choose([annotations(split) for split in splits[part]])
     counts = Counter(x["image_id"] for x in content["annotations"])
     assert sorted(counts) == [image["id"] for image in content["images"]]
     told = f"`aquarium_{part}` ({len(counts)} photographs, {sum(counts.values())} boxes)"
     assert told in " ".join((AQUARIUM / "README.md").read_text().split())
 
 
+def boxes(image_id: int, *areas: float) -> list[dict[str, Any]]:
+    return [{"id": i, "image_id": image_id, "area": area} for i, area in enumerate(areas)]
+
+
+def content(*boxes_of: list[dict[str, Any]]) -> dict[str, Any]:
+    images = [{"id": i, "width": 100, "height": 100} for i in range(len(boxes_of))]
+    annotations = [box for boxes in boxes_of for box in boxes]
+    return {"images": images, "annotations": annotations, "categories": ["fish"]}
+
+
 def test_few_and_large() -> None:
-    def boxes(image_id: int, *areas: float) -> list[dict[str, Any]]:
-        return [{"id": i, "image_id": image_id, "area": area} for i, area in enumerate(areas)]
-
-    def content(*boxes_of: list[dict[str, Any]]) -> dict[str, Any]:
-        images = [{"id": i, "width": 100, "height": 100} for i in range(len(boxes_of))]
-        annotations = [box for boxes in boxes_of for box in boxes]
-        return {"images": images, "annotations": annotations, "categories": ["fish"]}
-
     first = content(boxes(0, 10, 150, 9000), boxes(1, 10, 149.9, 149.9), boxes(2))
     second = content(boxes(0, *[5000] * 11), boxes(1, *[5000] * 10))
     out = few_and_large([first, second])
@@ -107,6 +112,11 @@ def test_few_and_large() -> None:
     assert [x["image_id"] for x in out["annotations"]] == [1] * 3 + [2] * 10
     assert [x["id"] for x in out["annotations"]] == list(range(1, 14))
     assert [x["area"] for x in out["annotations"]][:3] == [10, 150, 9000]
+
+
+def test_many_and_small() -> None:
+    part = content(boxes(0, *[99] * 6), boxes(1, *[99] * 5), boxes(2, *[100] * 6), boxes(3))
+    assert [x["area"] for x in many_and_small([part])["annotations"]] == [99] * 6
 
 
 def test_the_folder_is_small_and_says_whose_it_is() -> None:

@@ -45,7 +45,7 @@ PARAMS = [
 def data(four_shapes: Callable[..., str]) -> dict[str, str]:
     """By data set of a config, a small one in its place."""
     small = {"shapes_train": four_shapes(), "shapes2_train": four_shapes(V2)}
-    photographs = ("aquarium_train", "aquarium_large_train")
+    photographs = ("aquarium_train", "aquarium_large_train", "aquarium_many_train")
     return {**small, **dict.fromkeys(photographs, "aquarium_val")}
 
 
