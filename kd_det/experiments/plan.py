@@ -148,6 +148,11 @@ class _Planner:
         for run in list(self.runs.values()):
             if run.is_teacher and run.config_file == config:
                 return run
+        # An arm that is left out may know where its weights are, which spares its training.
+        for arm in self.recipe.left_out:
+            cfg = self._config(arm.config, (*self.recipe.overrides, *arm.overrides))
+            if needs_teacher(cfg) and Path(cfg.KD.TEACHER.CONFIG_FILE).resolve() == config:
+                return self._teacher_of(cfg, arm.name)[0]
         if is_ready_made(self._config(config, ())):
             raise RecipeError(
                 f"{self.recipe.name}: the teacher {config.name} is no detector, so there is no AP "

@@ -64,6 +64,8 @@ class Recipe:
     arms: tuple[Arm, ...]
     # (a, b): the paired difference a - b is reported as well.
     comparisons: tuple[tuple[str, str], ...]
+    # Arms of the file that are not to run.
+    left_out: tuple[Arm, ...] = ()
 
     def arm(self, name: str) -> Arm:
         """Return the arm of that name, which must exist."""
@@ -85,7 +87,8 @@ class Recipe:
                 wanted.append(parent)
         pairs = tuple(pair for pair in self.comparisons if set(pair) <= set(wanted))
         arms = tuple(arm for arm in self.arms if arm.name in wanted)
-        return replace(self, arms=arms, comparisons=pairs)
+        left_out = tuple(arm for arm in self.arms if arm.name not in wanted)
+        return replace(self, arms=arms, comparisons=pairs, left_out=left_out)
 
     def with_seeds(self, seeds: Iterable[int]) -> "Recipe":
         """

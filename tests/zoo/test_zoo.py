@@ -114,6 +114,27 @@ def test_a_comparison_evaluates_the_teacher_that_ships(
     assert len(set(folders)) == 4, "another file is another teacher"
 
 
+def test_it_is_not_trained_for_arms_that_do_not_need_it(
+    tiny_zoo: tuple[Path, TinyTeacher], tmp_path: Path
+) -> None:
+    """Its address stands in an arm that is left out."""
+    keys = distil_keys("fcos", tiny_zoo[1]) | {"KD.TEACHER.WEIGHTS": "kd_det://tiny/fcos"}
+    write_config(tmp_path / "student.yaml", "fcos", keys)
+    alone = {"name": "none", "config": str(tiny_zoo[1].config_file)}
+    recipe = {
+        "teacher": str(tiny_zoo[1].config_file),
+        "baseline": "none",
+        "arms": [alone, {"name": "l2", "config": "student.yaml"}],
+        "overrides": ["DATASETS.TEST", "('tiny_coco',)"],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    whole = read_recipe(str(tmp_path / "recipe.yaml"))
+    plans = [make_plan(x, tmp_path / "out") for x in (whole, whole.select(["none"]))]
+    assert [len(plan.students) for plan in plans] == [2, 1]
+    assert plans[0].teacher == plans[1].teacher
+    assert plans[1].teacher.iterations == 0
+
+
 def test_a_model_starts_from_an_address(tiny_zoo: tuple[Path, TinyTeacher], tmp_path: Path) -> None:
     path, teacher = tiny_zoo
     model = build_model(student_cfg(load_config(str(teacher.config_file))))
