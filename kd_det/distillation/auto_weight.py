@@ -21,6 +21,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from kd_det.distillation.gradient_share import HIGH, LOW
 from kd_det.distillation.schedule import Schedule
 from kd_det.distillers import Distiller, node_name
 from kd_det.distillers.shares import share_of
@@ -63,6 +64,16 @@ def auto_weights(
             start = min(_START, cfg.SOLVER.MAX_ITER // 100)
             share = share_of(distiller, node, trained=trained, kin=kin)
             _logger.info("%s: its weight sets itself, by a SHARE of %g.", name, share)
+            if not LOW <= share <= HIGH:
+                _logger.warning(
+                    "%s: a SHARE of %g lets it %s; %g to %g is usual. Leave it out for the "
+                    "method's own (docs/troubleshooting.md).",
+                    name,
+                    share,
+                    "sleep" if share < LOW else "command its student",
+                    LOW,
+                    HIGH,
+                )
             _expect_active(name, node, cfg.SOLVER.MAX_ITER, start)
             out[name] = AutoWeight(name, share, captured=paths, start=start)
         elif node.SHARE is not None:

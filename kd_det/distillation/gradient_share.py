@@ -28,7 +28,7 @@ _TIMES = 50
 _SELDOM = 20
 # Later, a share counts as staying low or high after this many measurements in a row.
 _PATIENCE = 3
-# Keeps float16 gradients of small losses above the smallest number; it cancels in the ratio.
+# Keeps float16 gradients of small losses above the smallest number.
 _SCALE = 1024.0
 
 
@@ -100,9 +100,9 @@ def pull(distilled: Tensor, detection: Tensor, features: Sequence[Tensor]) -> Pu
         for (x, g), d in zip(used, other, strict=True)
     ]
     return Pull(
-        distiller=torch.stack([g.square().sum() for g, _ in pairs]).sum().sqrt(),
-        detection=torch.stack([d.square().sum() for _, d in pairs]).sum().sqrt(),
-        dot=torch.stack([(g * d).sum() for g, d in pairs]).sum(),
+        distiller=torch.stack([g.square().sum() for g, _ in pairs]).sum().sqrt() / _SCALE,
+        detection=torch.stack([d.square().sum() for _, d in pairs]).sum().sqrt() / _SCALE,
+        dot=torch.stack([(g * d).sum() for g, d in pairs]).sum() / _SCALE**2,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from kd_det.experiments.pulls import extremes
 from kd_det.experiments.pulls import rows as pull_rows
 from kd_det.experiments.report import METRICS
 
@@ -47,7 +48,10 @@ def interval(delta: Mapping[str, Any]) -> str:
 
 
 def comparison_lines(report: Mapping[str, Any]) -> list[str]:
-    """Return one line for each difference with what it shows, and one about the seeds needed."""
+    """
+    Return a line for each difference with what it shows, one about the seeds needed, and one for
+    each distiller whose pull was extreme.
+    """
     labels = {arm["name"]: arm["label"] for arm in report["arms"]}
     to_baseline = [
         {"arm": arm["name"], "against": report["baseline"], "delta": arm["delta"]}
@@ -62,6 +66,7 @@ def comparison_lines(report: Mapping[str, Any]) -> list[str]:
             for item in items
         ),
         *_power_lines(report["power"]),
+        *extremes(report["arms"]),
     ]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from kd_det.distillation.gradient_share import HIGH, LOW
 from kd_det.experiments.training_curves import Curve, median_curve, read_records
 
 # What is logged of each distiller, as kd/<distiller>/<quantity>.
@@ -61,6 +62,24 @@ def _summary(curves: Sequence[Curve]) -> dict[str, Any]:
         "last": median(c[max(c)] for c in curves),
         "curve": [[i, value] for i, value in median_curve(curves).items()],
     }
+
+
+def extremes(arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for every distiller that commands its student at first, or sleeps."""
+    found = [
+        (arm["label"], name, pull["share"]["first"])
+        for arm in arms
+        for name, pull in (arm.get("pull") or {}).items()
+        if "share" in pull
+    ]
+    # A share of 3, SSIM's default from random weights, is measured as a little more or less.
+    return [
+        f"{label}: at first {name} pulls {share:.2g} times as hard as the detection losses, "
+        + ("which is too hard for most" if share > HIGH else "which does next to nothing")
+        + "; without a WEIGHT and a SHARE it sets itself (docs/troubleshooting.md)"
+        for label, name, share in found
+        if not LOW <= share <= 1.1 * HIGH
+    ]
 
 
 def rows(arms: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """A chart of how hard each distiller pulled on its student while it was trained."""
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ _INK, _SOFT, _GRID = "#1f2933", "#6b7785", "#e4e8ec"
 
 def shares_inches(arms: Sequence[Mapping[str, Any]]) -> float:
     """Return the height that the chart and its legend need; 0 where no arm logged a share."""
-    lines = sum(label.count("\n") + 1 for _, _, label, _ in _labelled(arms))
+    lines = sum(label.count("\n") + 1 for _, label, _ in _labelled(arms))
     return max(2.0, 0.5 + 0.16 * lines) if lines else 0.0
 
 
@@ -27,14 +28,16 @@ def draw_shares(axes: Axes, arms: Sequence[Mapping[str, Any]], colours: Mapping[
     Args:
         axes: where to draw.
         arms: of report.json.
-        colours: per arm's name. Several distillers of one arm differ by their lines.
+        colours: per arm's name. Curves of one colour differ by their lines.
     """
-    for name, i, label, curve in _labelled(arms):
+    drawn: Counter[str] = Counter()
+    for name, label, curve in _labelled(arms):
         shown = [(x, y) for x, y in curve if y > 0]
         axes.plot(
             [x for x, _ in shown], [y for _, y in shown], color=colours[name],
-            linestyle=_LINES[i % len(_LINES)], linewidth=1.4, label=label,
+            linestyle=_LINES[drawn[colours[name]] % len(_LINES)], linewidth=1.4, label=label,
         )  # fmt: skip
+        drawn[colours[name]] += 1
     axes.axhline(1.0, color=_SOFT, linewidth=0.8, zorder=1)
     axes.set_yscale("log")
     # The scale's own labels are formulas, which the figure does not parse.
@@ -56,11 +59,11 @@ def draw_shares(axes: Axes, arms: Sequence[Mapping[str, Any]], colours: Mapping[
     )
 
 
-def _labelled(arms: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int, str, Curve]]:
-    """Yield of every share the arm's name, its number in the arm, the legend's text, the curve."""
+def _labelled(arms: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, Curve]]:
+    """Yield of every share the arm's name, the legend's text, the curve."""
     for arm in arms:
         pull = arm.get("pull") or {}
         curves = {name: found["share"]["curve"] for name, found in pull.items() if "share" in found}
-        for i, (name, curve) in enumerate(curves.items()):
+        for name, curve in curves.items():
             label = arm["label"] if len(curves) == 1 else f"{arm['label']}: {name}"
-            yield arm["name"], i, textwrap.fill(label, _WIDTH), curve
+            yield arm["name"], textwrap.fill(label, _WIDTH), curve

@@ -196,6 +196,22 @@ def test_another_share_after_resume_rescales_exactly(caplog: pytest.LogCaptureFi
     assert "SHARE was 1 and is 2 now" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("share", "told"), [(0.001, "sleep"), (0.01, ""), (3.0, ""), (100.0, "command")]
+)
+def test_an_unusual_share_is_told_at_the_start(
+    share: float,
+    told: str,
+    tiny_student: Student,
+    tiny_teacher: MakeTeacher,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    keys = {"KD.FEATURE_LP.WEIGHT": None, "KD.FEATURE_LP.SHARE": share}
+    build_model(tiny_student("fcos", tiny_teacher("fcos"), keys))
+    warned = [r.getMessage() for r in caplog.records if "is usual" in r.getMessage()]
+    assert len(warned) == bool(told) and all(f"lets it {told}" in text for text in warned)
+
+
 class TestInARun:
     def keys(self, **more: Any) -> dict[str, Any]:
         return {"KD.FEATURE_LP.WEIGHT": None, "SOLVER.MAX_ITER": 5, **more}

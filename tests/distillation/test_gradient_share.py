@@ -19,6 +19,7 @@ def test_hand_computed() -> None:
     """d(3a + 4b)/d(a, b) = (3, 4), norm 5; d(det) = (8, 6), norm 10; their product 48."""
     a, b = (torch.ones((), requires_grad=True) for _ in range(2))
     found = pull(3 * a + 4 * b, 8 * a + 6 * b, [a, b])
+    assert [found.distiller.item(), found.detection.item(), found.dot.item()] == [5, 10, 48]
     assert found.ratio.item() == pytest.approx(0.5)
     assert found.cosine.item() == pytest.approx(48 / 50)
 

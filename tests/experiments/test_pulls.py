@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
 from kd_det.experiments.pages import pull_table
-from kd_det.experiments.pulls import read_curves, summarize
+from kd_det.experiments.pulls import extremes, read_curves, summarize
 from kd_det.experiments.share_chart import draw_shares, shares_inches
 
 
@@ -68,3 +69,24 @@ def test_the_chart_has_a_line_per_distiller(tmp_path: Path) -> None:
     assert len(styles) == 2
     ticks = [label.get_text() for label in axes.get_yticklabels()]
     assert "1" in ticks and not any("$" in text for text in ticks)
+
+
+def test_arms_of_one_colour_differ_by_their_lines(tmp_path: Path) -> None:
+    pull = summarize([write(tmp_path / "a", {0: 3.0, 20: 1.0})])
+    arms = [{"name": x, "label": x, "pull": pull} for x in "abc"]
+    axes = Figure().add_subplot()
+    draw_shares(axes, arms, {"a": "red", "b": "blue", "c": "red"})
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.lines[:3]}
+    assert len(looks) == 3
+
+
+def test_an_extreme_pull_is_told_with_its_remedy() -> None:
+    def arm(label: str, **first: float) -> dict[str, Any]:
+        pull = {name: {"share": {"first": share}} for name, share in first.items()}
+        return {"label": label, "pull": {**pull, "unmeasured": {}}}
+
+    arms = [arm("a", ssim=3.1, l2=0.01), arm("b", ssim=7700.0), arm("c", pgd=0.001), {"label": "d"}]
+    lines = extremes(arms)
+    assert [line.split(":")[0] for line in lines] == ["b", "c"]
+    assert "ssim pulls 7.7e+03 times" in lines[0] and "without a WEIGHT" in lines[0]
+    assert "pgd pulls 0.001 times" in lines[1] and "next to nothing" in lines[1]
