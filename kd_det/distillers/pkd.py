@@ -25,6 +25,7 @@ class PKD(PyramidDistiller):
     """Sum over paired levels of one minus the correlation."""
 
     config_key = "PKD"
+    share_of_kin = 3.0
 
     @classmethod
     def add_config(cls, node: CfgNode) -> None:

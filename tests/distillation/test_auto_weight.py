@@ -20,7 +20,7 @@ from kd_det.config import load_config
 from kd_det.distillation import active, gradient_share
 from kd_det.distillation.auto_weight import AutoWeight
 from kd_det.distillation.gradient_share import Pull, pull
-from kd_det.distillers import PKD, SSIM
+from kd_det.distillers import MGD, PKD, SSIM
 
 Student = Callable[..., CfgNode]
 MakeTeacher = Callable[[str], TinyTeacher]
@@ -401,11 +401,11 @@ class TestInARun:
     ) -> None:
         config = tiny_runs.write_config(tmp_path / "kin.yaml", "fcos", {"MODEL.FCOS.NUM_CONVS": 3})
         weights = tiny_runs.save_random_weights(load_config(str(config)), tmp_path / "kin.pth")
-        keys = {**self.keys(), "KD.DISTILLERS": ["SSIM", "PKD"], "MODEL.WEIGHTS": "any.pth"}
+        keys = {**self.keys(), "KD.DISTILLERS": ["SSIM", "PKD", "MGD"], "MODEL.WEIGHTS": "any.pth"}
         model = build_model(tiny_student("fcos", TinyTeacher(config, weights), keys))
         found = {name: active.auto.share for name, active in model.active.items()}
-        assert found == {"SSIM": 3.0, "PKD": 0.3}
-        again = distill(model.student, model.teacher, [SSIM(), PKD()], max_iter=9)
+        assert found == {"SSIM": 3.0, "PKD": 3.0, "MGD": 0.3}
+        again = distill(model.student, model.teacher, [SSIM(), PKD(), MGD()], max_iter=9)
         assert {name: x.auto.share for name, x in again.active.items()} == found
 
     def test_what_cannot_be_moved_is_refused_at_the_first_step(
