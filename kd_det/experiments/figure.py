@@ -74,12 +74,17 @@ def _draw_chart(axes: Axes, report: Mapping[str, Any]) -> None:
     for y, arm in enumerate(arms):
         _draw_arm(axes, y, arm, base, colours[arm["name"]])
     axes.axvline(teacher, color=_TEACHER_COLOUR, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1)
-    axes.text(
-        teacher, 1.02, f"teacher {teacher:.1f}", transform=axes.get_xaxis_transform(),
-        ha="right", va="bottom", fontsize=8.5, color=_TEACHER_COLOUR,
-    )  # fmt: skip
-    for x, text in ((_AP_COLUMN, "AP"), (_GAIN_COLUMN, "gain [95 % interval]")):
-        axes.text(x, 1.02, text, transform=axes.transAxes, va="bottom", fontsize=8.5, color=_SOFT)
+    headers = [
+        (teacher, f"teacher {teacher:.1f}", axes.get_xaxis_transform(), "right", _TEACHER_COLOUR),
+        (_AP_COLUMN, "AP", axes.transAxes, "left", _SOFT),
+        (_GAIN_COLUMN, "gain [95 % interval]", axes.transAxes, "left", _SOFT),
+    ]
+    for x, text, transform, align, colour in headers:
+        # In points above the chart, which may be high.
+        axes.annotate(
+            text, (x, 1), (0, 4), xycoords=transform, textcoords="offset points",
+            ha=align, va="bottom", fontsize=8.5, color=colour,
+        )  # fmt: skip
     labels = [textwrap.fill(arm["label"], 28) for arm in arms]
     axes.set_yticks(range(len(arms)), labels, fontsize=9.5, color=_INK)
     axes.set_ylim(len(arms) - 0.45, -0.55)
