@@ -1,4 +1,4 @@
-"""What files a run's outcome depends on, as digests."""
+"""What a run's outcome depends on beside its config: files, as digests, and defaults of methods."""
 
 import functools
 import hashlib
@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_det.data import register_from_config
 from kd_det.data.annotation_file import read_annotation_file
+from kd_det.distillers import distiller_class, node_name
 from kd_det.experiments.digests import digest_of
 from kd_det.files import cache_root
 
@@ -34,6 +35,18 @@ def data_identity(cfg: CfgNode) -> dict[str, str]:
         if Path(file).resolve().is_relative_to(cache_root().resolve()):
             continue
         found[name] = _digest_of_set(Path(file), Path(MetadataCatalog.get(name).image_root))
+    return found
+
+
+def share_identity(cfg: CfgNode) -> dict[str, str]:
+    """Return the shares of the distillers that are given none: another default is another run."""
+    found = {}
+    for name in cfg.KD.DISTILLERS:
+        node = cfg.KD[node_name(name)]
+        if node.WEIGHT is None and node.SHARE is None:
+            method = distiller_class(name)
+            own = method.share, method.share_of_trained, method.share_of_kin
+            found[f"share {name}"] = "/".join(map(str, own))
     return found
 
 

@@ -2,9 +2,9 @@
 From a recipe to the training runs it needs: their folders, their order, their command lines.
 
 A run's folder carries a hash of everything that decides its outcome: the resolved config, digests
-of its data sets, the identity of the teacher and of the checkpoint it starts from, and kd_det's
-version. So a finished run is recognised, and a changed config, annotation or image gets a new
-folder instead of an old result.
+of its data sets, the identity of the teacher and of the checkpoint it starts from, the shares that
+its methods would take, and kd_det's version. So a finished run is recognised, and a changed config,
+annotation or image gets a new folder instead of an old result.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from kd_det import zoo
 from kd_det.config import changed_settings, load_config, needs_teacher
 from kd_det.distillation.ready_made import is_ready_made
 from kd_det.experiments.digests import digest_of
-from kd_det.experiments.identity import data_identity, ready_made_identity
+from kd_det.experiments.identity import data_identity, ready_made_identity, share_identity
 from kd_det.experiments.recipe import Arm, Recipe, RecipeError
 
 
@@ -180,7 +180,11 @@ class _Planner:
         cfg.SEED = max(cfg.SEED, 0) if seed is None else seed
         settings = ["SEED", str(cfg.SEED)]
         needs = []
-        identities = {"version": kd_det.__version__, **self._files_of(cfg, parent)}
+        identities = {
+            "version": kd_det.__version__,
+            **self._files_of(cfg, parent),
+            **share_identity(cfg),
+        }
         if weights != "auto":
             settings += ["MODEL.WEIGHTS", weights]
             identities["weights"] = self._identity(weights)

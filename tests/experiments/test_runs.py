@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kd_det.distillers import FeatureLp
 from kd_det.experiments import digests
 from kd_det.experiments import plan as plan_module
 from kd_det.experiments.plan import make_plan
@@ -311,6 +312,20 @@ def test_changed_data_and_weights_make_other_runs(lab):
     assert {title for title in one if one[title] != two[title]} == {
         f"{name} seed {seed}" for name in ("none", "again") for seed in (0, 1)
     }
+
+
+def test_another_default_share_makes_other_runs(lab, monkeypatch):
+    before = folders(plan_of(lab))
+    monkeypatch.setattr(FeatureLp, "share_of_trained", 0.4)
+    after = folders(plan_of(lab))
+    changed = {title for title in before if before[title] != after[title]}
+    assert changed == {"l2 seed 0", "l2 seed 1"}
+    text = (lab.root / "distilled.yaml").read_text()
+    given = text.replace("[FeatureLp]", "[FeatureLp], FEATURE_LP: {SHARE: 0.3}")
+    lab.write("distilled.yaml", given)
+    after = folders(plan_of(lab))
+    monkeypatch.undo()
+    assert folders(plan_of(lab)) == after, "a share that is given is none of a default's"
 
 
 def test_another_checkpoint_of_the_teacher_makes_its_students_afresh(lab):
