@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from kd_det.engine.launch import ProcessFailed
+from kd_det.engine.launch import ProcessFailed, log_error
 
 _LOGGERS = ("detectron2", "fvcore", "kd_det")
 # Log files that could not be written, of a full disk.
@@ -89,7 +89,7 @@ def plain_errors() -> Iterator[None]:
             sys.exit(1)
         if logged is None and not isinstance(error, KeyError | ValueError | OSError):
             raise
-        logging.getLogger("kd_det").error("The job ended with an error:", exc_info=True)
+        log_error()
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"\n{type(error).__name__}: {message}", file=sys.stderr)
         if logged is not None and logged not in _UNWRITABLE:

@@ -77,8 +77,15 @@ def _started(main: Callable[[Job], Any], job: Job) -> Any:
     try:
         return main(job)
     except Exception:
-        logging.getLogger("kd_det").error("The job ended with an error:", exc_info=True)
+        log_error()
         raise
+
+
+def log_error() -> None:
+    """Write the error that is being handled to the run's log, if that is open already."""
+    logger = logging.getLogger("kd_det")
+    if logger.handlers:  # without any, Python would print the traceback on the terminal
+        logger.error("The job ended with an error:", exc_info=True)
 
 
 def _join_torchrun(main: Callable[[Job], Any], job: Job, device: str) -> Any:

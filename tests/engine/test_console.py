@@ -2,6 +2,8 @@
 
 import io
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,3 +81,15 @@ def test_the_error_of_a_process_that_was_started_is_its_message(
 
 def _take_rank(rank: int, main: Any, args: tuple[Any, ...]) -> None:
     main(*args)
+
+
+def test_a_misspelled_key_leaves_no_traceback(tmp_path: Path) -> None:
+    """In a process of its own, where no log is open yet: Python prints what no handler takes."""
+    path = tiny_runs.write_config(tmp_path / "run.yaml", "fcos", {})
+    words = ["--config-file", str(path), "KD.SSIM.WIEGHT", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "kd_det.engine", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "KeyError: the command line: no config key is called KD.SSIM.WIEGHT" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
