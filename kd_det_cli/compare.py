@@ -50,8 +50,8 @@ def run(args: argparse.Namespace, argv: Sequence[str], runner: Sequence[str] | N
             practical=args.practical,
         )
     # What a recipe, its configs and its data sets are refused with.
-    except (FileNotFoundError, KeyError, ValueError) as error:
-        return _stop(str(error.args[0]), 2)
+    except (ImportError, KeyError, ValueError, OSError) as error:
+        return _stop(str(error.args[0] if isinstance(error, KeyError) else error), 2)
     try:
         report = comparison.carry_out(shown_command("kd-det compare", argv))
     except RecipeError as error:

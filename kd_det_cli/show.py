@@ -6,6 +6,7 @@ structural similarity of student and teacher, per level, for two checkpoints of 
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,14 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Draw the picture; return the process's exit code."""
+    """
+    Draw the picture.
+
+    Returns:
+        Exit code: 0 done, 2 the config or the arguments are wrong.
+    """
     from kd_det.experiments.show import draw_importance, draw_similarity
 
     options = {"out": args.out, "images": args.images, "skip": args.skip}
-    if args.what == "pgd":
-        draw_importance(args.config_file, args.opts, **options)
-    else:
-        checkpoints = {"before": args.before, "after": args.after}
-        draw_similarity(args.config_file, args.opts, checkpoints, **options)
+    try:
+        if args.what == "pgd":
+            draw_importance(args.config_file, args.opts, **options)
+        else:
+            checkpoints = {"before": args.before, "after": args.after}
+            draw_similarity(args.config_file, args.opts, checkpoints, **options)
+    # What a config, its models, its data sets and the checkpoints are refused with.
+    except (ImportError, KeyError, ValueError, OSError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        print(f"kd-det show: {message}", file=sys.stderr)
+        return 2
     print(args.out)
     return 0

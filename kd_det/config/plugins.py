@@ -7,6 +7,7 @@ entry "module:function" also calls the function with the config, as Detectron2's
 """
 
 import importlib
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,8 +27,7 @@ def import_plugins(entries: Iterable[str]) -> list[AddKeys]:
         The functions that add keys to a config, in order.
 
     Raises:
-        ImportError: there is no such module, or it fails to import.
-        AttributeError: the module has no such function.
+        ImportError: there is no such module, it fails to import, or it has no such function.
         ValueError: an entry is no text, or the function's name does not say that it adds a config.
     """
     functions = []
@@ -49,11 +49,17 @@ def _import(name: str, entry: str) -> Any:
         remedy = (
             "install its package, or add the folder that holds it to PYTHONPATH"
             if absent
-            else "importing it failed"
+            else f"importing it failed ({_place(error)})"
         )
         raise ImportError(
             f"KD.PLUGINS: {entry!r} cannot be imported ({type(error).__name__}: {error}); {remedy}."
         ) from error
+
+
+def _place(error: Exception) -> str:
+    """Return where an error was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}, line {frame.lineno}"
 
 
 def _function(module: Any, name: str, entry: str) -> AddKeys:
@@ -65,5 +71,8 @@ def _function(module: Any, name: str, entry: str) -> AddKeys:
         )
     function = getattr(module, name, None)
     if not callable(function):
-        raise AttributeError(f"KD.PLUGINS: {entry!r}: the module has no function {name!r}.")
+        raise ImportError(
+            f"KD.PLUGINS: {entry!r}: the module has no function {name!r}; expected one that adds "
+            "keys to a config."
+        )
     return function

@@ -9,6 +9,8 @@ from typing import TextIO
 
 from kd_det.engine.launch import ProcessFailed, log_error
 
+# What a config, its plugins and its data are refused with.
+_OF_INPUT = (ImportError, KeyError, ValueError, OSError)
 _LOGGERS = ("detectron2", "fvcore", "kd_det")
 # Log files that could not be written, of a full disk.
 _UNWRITABLE: set[str] = set()
@@ -87,7 +89,7 @@ def plain_errors() -> Iterator[None]:
         if isinstance(error, ProcessFailed):
             print(f"\n{error}", file=sys.stderr)
             sys.exit(1)
-        if logged is None and not isinstance(error, KeyError | ValueError | OSError):
+        if logged is None and not isinstance(error, _OF_INPUT):
             raise
         log_error()
         message = error.args[0] if isinstance(error, KeyError) and error.args else error

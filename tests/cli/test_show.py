@@ -1,5 +1,6 @@
 """The pictures of `kd-det show`, from tiny runs."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,17 +54,25 @@ def test_similarity_before_and_after_is_drawn(config: Path, tmp_path: Path) -> N
     assert len(Image.open(out).convert("L").getcolors()) > 50
 
 
-def test_a_config_without_the_distiller_is_refused(config: Path, tmp_path: Path) -> None:
+def test_a_config_without_the_distiller_is_refused(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["pgd", "--config-file", str(config), "--out", str(tmp_path / "x.png")]
-    with pytest.raises(ValueError, match=r"KD.DISTILLERS is \['SSIM'\]; give the config .* PGD"):
-        show(*words, "KD.DISTILLERS", "['SSIM']")
+    assert show(*words, "KD.DISTILLERS", "['SSIM']") == 2
+    said = capsys.readouterr().err
+    assert re.search(r"KD.DISTILLERS is \['SSIM'\]; give the config .* PGD", said)
+    assert show(*words, "KD.SSIM.WIEGHT", "1") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("kd-det show: the command line: no config key is called KD.SSIM.WIEGHT;")
 
 
-def test_adapters_that_only_one_student_has_are_refused(config: Path, tmp_path: Path) -> None:
+def test_adapters_that_only_one_student_has_are_refused(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     student = save_student(config, tmp_path / "a.pth")
     words = ["ssim", "--config-file", str(config), "--before", student, "--after", student]
-    with pytest.raises(ValueError, match="has adapters between student and teacher"):
-        show(*words, "--out", str(tmp_path / "x.png"), "KD.SSIM.ADAPTER", "always")
+    assert show(*words, "--out", str(tmp_path / "x.png"), "KD.SSIM.ADAPTER", "always") == 2
+    assert "has adapters between student and teacher" in capsys.readouterr().err
 
 
 def test_similarity_needs_two_checkpoints(

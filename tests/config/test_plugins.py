@@ -66,7 +66,9 @@ class TestRefusals:
 
     def test_a_module_that_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         name = module(tmp_path, monkeypatch, "broken_plugin", "1 / 0")
-        with pytest.raises(ImportError, match=r"ZeroDivisionError.*importing it failed"):
+        with pytest.raises(
+            ImportError, match=r"ZeroDivisionError.*importing it failed .*plugin.py, line 1"
+        ):
             import_plugins([name])
 
     def test_a_module_that_lacks_a_module_of_its_own(
@@ -82,7 +84,7 @@ class TestRefusals:
 
     def test_an_absent_function(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         name = module(tmp_path, monkeypatch, "empty_plugin", "")
-        with pytest.raises(AttributeError, match="has no function 'add_my_config'"):
+        with pytest.raises(ImportError, match="has no function 'add_my_config'"):
             import_plugins([f"{name}:add_my_config"])
 
     def test_no_name(self) -> None:

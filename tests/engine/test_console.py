@@ -93,3 +93,12 @@ def test_a_misspelled_key_leaves_no_traceback(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "KeyError: the command line: no config key is called KD.SSIM.WIEGHT" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_an_import_that_fails_is_its_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger("kd_det"), "handlers", [])
+    with pytest.raises(SystemExit), console.plain_errors():
+        raise ImportError("KD.PLUGINS: 'nope' cannot be imported")
+    assert capsys.readouterr().err == "\nImportError: KD.PLUGINS: 'nope' cannot be imported\n"
