@@ -17,19 +17,25 @@ from kd_det.config.keys import add_kd_config, add_labelled_nodes
 from kd_det.config.plugins import import_plugins
 from kd_det.config.roles import is_distillation
 from kd_det.config.safe_yaml import parse_yaml
+from kd_det.config.values import refuse_wrong_values
 from kd_det.files import offer_shipped
 from kd_det.text import nearest
 
 CN = CfgNode
+# Keys that decide which other keys exist: an example of each.
+_NAMES = {"PLUGINS": "['my_package.distillers']", "DISTILLERS": "['SSIM', 'PGD'] (KD.SSIM: ...)"}
 
 
-def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
+def load_config(
+    config_file: str, opts: Sequence[Any] = (), *, source: str = "the command line"
+) -> CfgNode:
     """
     Read a yaml file (and the `_BASE_` files it builds on) and overrides into a full config.
 
     Args:
         config_file: path of a yaml file.
         opts: overrides as a flat list [KEY, value, KEY, value, ...].
+        source: where the overrides are from, for messages.
 
     Returns:
         The config, not frozen. Relative KD.TEACHER.CONFIG_FILE, KD.TEACHER.WEIGHTS and KD.DATASETS
@@ -37,22 +43,25 @@ def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: the file, or a `_BASE_`, does not exist.
-        ValueError: the file is no yaml mapping, gives one value to a whole group of keys, or sets
-            distillation keys while MODEL.META_ARCHITECTURE is a plain detector.
+        ValueError: the file is no yaml mapping, gives one value to a whole group of keys or a
+            value of another kind than a key's, or sets distillation keys while
+            MODEL.META_ARCHITECTURE is a plain detector.
         KeyError: a key nobody knows; the message lists the nearest valid ones.
-        ImportError: a module that KD.PLUGINS names cannot be imported.
+        ImportError: what KD.PLUGINS names cannot be imported.
     """
     chain = _read_chain(config_file)
-    given = [content.get("KD") for _, content in chain] + [_given_overrides(opts)]
+    given = [(path, content.get("KD")) for path, content in chain]
+    given.append((source, _given_overrides(opts, source)))
     cfg = _default_config(_all_of(given, "PLUGINS"), _all_of(given, "DISTILLERS"))
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"  # Detectron2's default, "cuda", would only fail
     for path, content in chain:
         _refuse_unknown_keys(_leaves(content), cfg, path)
+        refuse_wrong_values(_leaves(content), _leaves(cfg), path)
         _resolve_paths(content, os.path.dirname(os.path.abspath(path)))
         _read_whole_numbers(content, cfg)
         cfg.merge_from_other_cfg(CN(content))
-    _apply_overrides(cfg, opts)
+    _apply_overrides(cfg, opts, source)
     _refuse_idle_settings(cfg, config_file)
     _refuse_twins(cfg, config_file)
     return cfg
@@ -69,20 +78,32 @@ def _default_config(plugins: Iterable[str], distillers: Iterable[str]) -> CfgNod
     return cfg
 
 
-def _all_of(given: Sequence[Any], key: str) -> list[Any]:
+def _all_of(given: Sequence[tuple[str, Any]], key: str) -> list[str]:
     """Return what any of several KD nodes lists; what is no list is refused when it is merged."""
-    lists = [kd.get(key) for kd in given if isinstance(kd, Mapping)]
-    return [entry for one in lists if isinstance(one, (list, tuple)) for entry in one]
+    out = []
+    for source, kd in given:
+        entries = kd.get(key) if isinstance(kd, Mapping) else None
+        for entry in entries if isinstance(entries, list | tuple) else []:
+            if not isinstance(entry, str):
+                raise ValueError(
+                    f"{source}: KD.{key} holds {entry!r}; expected names alone, as {_NAMES[key]}."
+                )
+            out.append(entry)
+    return out
 
 
-def _given_overrides(opts: Sequence[Any]) -> dict[str, Any]:
+def _given_overrides(opts: Sequence[Any], source: str) -> dict[str, Any]:
     """Return KD.PLUGINS and KD.DISTILLERS as overrides give them: they decide which keys exist."""
     out = {}
     for key, value in zip(opts[0::2], opts[1::2], strict=False):
-        if key in ("KD.PLUGINS", "KD.DISTILLERS"):
-            out[key.removeprefix("KD.")] = (
-                yaml.safe_load(value) if isinstance(value, str) else value
-            )
+        name = str(key).removeprefix("KD.")
+        if key != name and name in _NAMES:
+            try:
+                out[name] = yaml.safe_load(value) if isinstance(value, str) else value
+            except yaml.YAMLError as error:
+                raise ValueError(
+                    f"{source}: {key} is {value!r}, expected a list of names, as {_NAMES[name]}."
+                ) from error
     return out
 
 
@@ -109,17 +130,20 @@ def _refuse_idle_settings(cfg: CfgNode, config_file: str) -> None:
         )
 
 
-def _apply_overrides(cfg: CfgNode, opts: Sequence[Any]) -> None:
+def _apply_overrides(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
     """Merge [KEY, value, ...] into cfg; relative paths in it mean the working directory."""
     if len(opts) % 2:
         raise ValueError(
-            "Overrides come in pairs KEY VALUE, but an odd number of words was given: "
+            f"{source}: Overrides come in pairs KEY VALUE, but an odd number of words was given: "
             f"{list(opts)}."
         )
     keys = list(opts[0::2])
-    _refuse_unknown_keys(keys, cfg, "the command line")
+    _refuse_unknown_keys(keys, cfg, source)
+    now = _leaves(cfg)
+    for pair in zip(keys, opts[1::2], strict=True):
+        refuse_wrong_values(dict([pair]), now, source)
     # yacs would refuse a whole number where a float stands; None is no number (a WEIGHT not given).
-    floats = {key for key, value in _leaves(cfg).items() if isinstance(value, float)}
+    floats = {key for key, value in now.items() if isinstance(value, float)}
     words = [
         float(v) if k in floats and v not in (None, "None") else v
         for k, v in zip(keys, opts[1::2], strict=True)
@@ -210,9 +234,9 @@ def _refuse_unknown_keys(keys: Iterable[str], cfg: CfgNode, source: str) -> None
             raise KeyError(f"{source}: no config key is called {key}; {nearest(key, valid)}.")
 
 
-def _resolve(path: str, folder: str) -> str:
+def _resolve(path: Any, folder: str) -> Any:
     """Make a path absolute: against `folder` if it exists there, else the working directory."""
-    if not path or path == "auto" or "://" in path:
+    if not isinstance(path, str) or not path or path == "auto" or "://" in path:
         return path
     path = os.path.expandvars(os.path.expanduser(path))
     beside = os.path.normpath(os.path.join(folder, path))
@@ -227,5 +251,5 @@ def _resolve_paths(content: dict[str, Any], folder: str) -> None:
             teacher[key] = _resolve(teacher[key], folder)
     for item in kd.get("DATASETS") or []:
         for key in ("json", "images"):
-            if key in item:
+            if isinstance(item, dict) and key in item:
                 item[key] = _resolve(item[key], folder)

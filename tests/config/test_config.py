@@ -80,6 +80,7 @@ class TestKeys:
         assert len(added) > 100
         names = ("KD.DATASETS", "KD.PLUGINS")  # read before the keys are
         changed = {key: other(value) for key, value in added if key not in names}
+        changed["KD.DISTILLERS"] = ["SSIM"]  # names alone
         nested: dict[str, Any] = {}
         for key, value in changed.items():
             *parents, leaf = key.split(".")
