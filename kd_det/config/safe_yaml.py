@@ -15,11 +15,12 @@ from kd_det.config.arithmetic import evaluate
 _EVAL = "tag:yaml.org,2002:python/object/apply:eval"
 _TUPLE = "tag:yaml.org,2002:python/tuple"
 _STANDARD = "tag:yaml.org,2002:"
+_MERGE = "tag:yaml.org,2002:merge"  # <<: *name
 _MAX_ITEMS = 100_000
 
 
 class RefusedYamlError(ValueError):
-    """A yaml file asks for something that only running its code would give."""
+    """A yaml file asks for what only running its code would give, or says something twice."""
 
 
 def parse_yaml(text: str, path: str) -> Any:
@@ -34,8 +35,9 @@ def parse_yaml(text: str, path: str) -> Any:
         Mappings, lists, tuples, numbers, strings; whatever the outermost value is.
 
     Raises:
-        RefusedYamlError: another tag, an expression that is not of numbers alone, or aliases that
-            stand for more than 100,000 values; the message names the file and what was found.
+        RefusedYamlError: another tag, an expression that is not of numbers alone, a mapping that
+            has a key twice, or aliases that stand for more than 100,000 values; the message names
+            the file and what was found.
         yaml.YAMLError: it is no yaml.
     """
     loader = _PlainLoader(text)
@@ -63,9 +65,25 @@ def parse_yaml(text: str, path: str) -> Any:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with Detectron2's two tags, refusing all others by name."""
+    """PyYAML's safe loader with Detectron2's two tags, refusing others, and keys given twice."""
 
     path = ""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Compose a mapping; by itself PyYAML would keep the last of equal keys."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            before = first.setdefault((key.tag, key.value), key)
+            if before is not key:
+                raise RefusedYamlError(
+                    f"{_where(self, key)}: the key {key.value} stands in line "
+                    f"{before.start_mark.line + 1} already, and one of the two would be lost; put "
+                    f"what they hold under one {key.value}, or take one away."
+                )
+        return node
 
 
 def _read_tuple(loader: _PlainLoader, node: yaml.Node) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from kd_det.config.safe_yaml import parse_yaml
+from kd_det.config.safe_yaml import RefusedYamlError, parse_yaml
 from kd_det.files import offer_shipped
 from kd_det.text import nearest
 
@@ -140,6 +140,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise RecipeError(f"Recipe {file} does not exist.{offer_shipped(file)}")
     try:
         content = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    except RefusedYamlError as error:
+        raise RecipeError(f"Recipe {error}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"Recipe {file} is not a yaml file: {error}") from error
     if not isinstance(content, dict):

@@ -73,6 +73,25 @@ class TestTags:
         text = "a: &x [1, 2.5, ~, yes, 2024-01-01, 'é']\nb: *x\nc: {<<: {d: 1}, e: 1.0e-3}\n"
         assert parse_yaml(text, "a.yaml") == yaml.safe_load(text)
 
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [("KD: {A: 1}\nB: 2\nKD: {C: 3}", 3), ("x:\n- {B: 1,\n   B: 1}", 3), ("B: 1\n'B': 2", 2)],
+    )
+    def test_a_key_given_twice(self, text: str, line: int) -> None:
+        """PyYAML would keep the last one, and the settings of the first would be lost."""
+        first = 2 if "x" in text else 1
+        with pytest.raises(
+            RefusedYamlError, match=f"^a.yaml, line {line}: the key (KD|B) stands"
+        ) as e:
+            parse_yaml(text, "a.yaml")
+        assert f"stands in line {first} already" in str(e.value)
+
+    def test_a_key_that_wins_over_a_merged_one(self) -> None:
+        text = (
+            "a: &a {k: 1, l: 1}\nb: &b {<<: *a, k: 2}\nc: {<<: *b, k: 3}\nd: {<<: [*a, *b], l: 4}"
+        )
+        assert parse_yaml(text, "a.yaml") == yaml.safe_load(text)
+
     def test_broken_yaml(self) -> None:
         with pytest.raises(yaml.YAMLError):
             parse_yaml("a: [1", "a.yaml")
@@ -193,6 +212,12 @@ class TestPlaces:
         (tmp_path / "a.yaml").write_text("KD: {TEACHER: {CONFIG_FILE: hostile.yaml}}\n")
         cfg: CfgNode = load_config(str(tmp_path / "a.yaml"))
         refused(teacher_config, cfg)
+
+    def test_a_key_given_twice_in_a_recipe(self, tmp_path: Path) -> None:
+        (tmp_path / "a.yaml").write_text("name: a\nseeds: [1]\nseeds: [2]\n")
+        message = r"^Recipe .*a.yaml, line 3: the key seeds stands in line 2 already"
+        with pytest.raises(RecipeError, match=message):
+            read_recipe(str(tmp_path / "a.yaml"))
 
     def test_recipe(self, hostile: Path, refused: Any) -> None:
         refused(read_recipe, str(hostile), kind=RecipeError)
