@@ -5,9 +5,11 @@ from collections.abc import Iterable, Sequence
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
-    """Return a phrase naming the valid names closest to `name`, for error messages."""
+    """Return a phrase naming the valid names closest to `name` in any case, for error messages."""
     valid = sorted(set(valid))
-    close = difflib.get_close_matches(name, valid, n=count, cutoff=0.5)
+    lower = {v.lower(): [w for w in valid if w.lower() == v.lower()] for v in valid}
+    matches = difflib.get_close_matches(name.lower(), lower, n=count, cutoff=0.5)
+    close = [v for match in matches for v in lower[match]][:count]
     if not close:
         tail = name.rsplit(".", 1)[-1]
         close = [v for v in valid if v.rsplit(".", 1)[-1] == tail][:count]

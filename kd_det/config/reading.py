@@ -165,7 +165,7 @@ def _read_chain(config_file: str) -> list[tuple[str, dict[str, Any]]]:
     chain: list[tuple[str, dict[str, Any]]] = []
     path = config_file
     while path:
-        content = _read_yaml(path)
+        content = _read_yaml(path, f", the _BASE_ of {chain[0][0]}" if chain else "")
         if any(os.path.samefile(path, seen) for seen, _ in chain):
             raise ValueError(f"{config_file}: its _BASE_ files form a circle through {path}.")
         base = content.pop("_BASE_", "")
@@ -176,10 +176,10 @@ def _read_chain(config_file: str) -> list[tuple[str, dict[str, Any]]]:
     return chain
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def _read_yaml(path: str, role: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"Config file {path} does not exist (working directory {os.getcwd()})."
+            f"Config file {path} does not exist (working directory {os.getcwd()}){role}."
             f"{offer_shipped(path)}"
         )
     if path.endswith(".py"):
@@ -193,12 +193,18 @@ def _read_yaml(path: str) -> dict[str, Any]:
             content = parse_yaml(file.read(), path)
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
-            f"{path} is not a yaml config file ({type(error).__name__}). If it is a checkpoint, "
-            "give it as ...WEIGHTS and the yaml it was trained with as the config file."
+            f"{path} is not a yaml config file ({type(error).__name__}{_place(error)}). If it is a "
+            "checkpoint, give it as ...WEIGHTS and the yaml it was trained with as the config file."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, expected a yaml mapping of keys.")
     return content
+
+
+def _place(error: Exception) -> str:
+    """Return what an error of yaml's syntax says, and the line, if it knows one."""
+    mark = getattr(error, "problem_mark", None)
+    return "" if mark is None else f", line {mark.line + 1}: {getattr(error, 'problem', '')}"
 
 
 def _read_whole_numbers(content: dict[str, Any], cfg: Mapping[str, Any]) -> None:

@@ -111,9 +111,7 @@ def distill(
         student=student,
         teacher=teacher,
         distillers=by_name,
-        schedules={
-            name: Schedule.from_config(cfg.KD[node_name(name)], max_iter) for name in by_name
-        },
+        schedules={name: Schedule.of(name, cfg) for name in by_name},
         autos=auto_weights(
             cfg,
             by_name,

@@ -28,7 +28,7 @@ from kd_det.distillation.schedule import Schedule
 from kd_det.distillation.teacher import Teacher, build_teacher, has_net_of
 from kd_det.distillation.unchanged import unchanged_rng
 from kd_det.distillation.views import View
-from kd_det.distillers import Distiller, Step, build_distiller, node_name
+from kd_det.distillers import Distiller, Step, build_distiller
 from kd_det.modeling.registering import register_in
 from kd_det.text import nearest
 
@@ -138,10 +138,7 @@ class DistillationDetector(nn.Module):
             "student": student,
             "teacher": teacher,
             "distillers": distillers,
-            "schedules": {
-                key: Schedule.from_config(cfg.KD[node_name(key)], cfg.SOLVER.MAX_ITER)
-                for key in distillers
-            },
+            "schedules": {key: Schedule.of(key, cfg) for key in distillers},
             "autos": auto_weights(
                 cfg,
                 distillers,

@@ -5,7 +5,7 @@ It happens once, at a fresh start, after the student's own weights were loaded; 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from tabulate import tabulate
@@ -49,7 +49,7 @@ def inherit(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]) -> 
         if not keys:
             raise ValueError(
                 f"KD.INHERIT: the pattern {pattern!r} names no tensor of the student; "
-                f"{nearest(pattern, target)}."
+                f"{nearest(pattern, [*target, *_modules_of(target)])}."
             )
         outcomes = {key: _copy(key, source, target) for key in keys}
         if "inherited" not in outcomes.values():
@@ -64,6 +64,12 @@ def inherit(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]) -> 
         "Inherited %d of %d tensors from the teacher:\n%s", len(copied), len(report), table
     )
     return copied
+
+
+def _modules_of(keys: Iterable[str]) -> set[str]:
+    """Return a pattern for each module that state-dict keys lie in: "head.*", "head.cls.*"."""
+    split = [key.split(".") for key in keys]
+    return {".".join([*words[:i], "*"]) for words in split for i in range(1, len(words))}
 
 
 def _copy(key: str, source: dict[str, Tensor], target: dict[str, Tensor]) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 
+from kd_det.distillers import node_name
+
 
 def linear_warmup(iteration: int, length: int) -> float:
     """Return min(1, iteration / length): 0 at iteration 0, 1 from `length` on; 1 if length is 0."""
@@ -97,6 +99,20 @@ class Schedule:
             steps=tuple(schedule.STEPS),
             factors=tuple(schedule.FACTORS),
         )
+
+    @classmethod
+    def of(cls, name: str, cfg: CfgNode) -> "Schedule":
+        """
+        Build that of an entry of KD.DISTILLERS from the full config.
+
+        Raises:
+            ValueError: values that make no schedule; the message names the distiller's node.
+        """
+        node = node_name(name)
+        try:
+            return cls.from_config(cfg.KD[node], cfg.SOLVER.MAX_ITER)
+        except ValueError as error:
+            raise ValueError(f"KD.{node}: {error}") from error
 
     def has_stopped(self, iteration: int) -> bool:
         """Return whether the weight is 0 from this iteration on by STOP_AT."""

@@ -159,6 +159,10 @@ class TestUnknownKeys:
         assert nearest(name, valid) == f"the nearest valid names are {expected}"
         assert nearest("qqqqqq", valid) == "the nearest valid names are KD.SSIM.SIGMA, abd, zzz"
 
+    def test_nearest_in_any_case(self) -> None:
+        valid = ["AlignedPyramid", "CWD", "Ssim", "SSIM"]
+        assert nearest("ssim", valid) == "the nearest valid names are SSIM, Ssim"
+
 
 class TestFiles:
     def test_base_chain(self, write: Write, tmp_path: Path) -> None:
@@ -182,8 +186,11 @@ class TestFiles:
     @pytest.mark.parametrize("content", [None, {"_BASE_": "missing.yaml"}])
     def test_missing_files(self, write: Write, tmp_path: Path, content: Any) -> None:
         path = write(content) if content else str(tmp_path / "missing.yaml")
-        with pytest.raises(FileNotFoundError, match=r"missing.yaml does not exist \(working dir"):
+        with pytest.raises(
+            FileNotFoundError, match=r"missing.yaml does not exist \(working dir"
+        ) as e:
             load_config(path)
+        assert (f", the _BASE_ of {path}." in str(e.value)) == (content is not None)
 
     def test_base_is_one_path(self, write: Write) -> None:
         with pytest.raises(ValueError, match=r"_BASE_ is \['a.yaml'\], expected the path of one"):
@@ -198,6 +205,10 @@ class TestFiles:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"model.pth is not a yaml config file .*WEIGHTS"):
             load_config(str(path))
+
+    def test_the_line_of_broken_yaml(self, write: Write) -> None:
+        with pytest.raises(ValueError, match=r"\(ParserError, line 3: expected <block end>"):
+            load_config(write("KD:\n  GRAD_SHARE_PERIOD: 1\n STUDENT:\n    VIEW_FACTOR: 2\n"))
 
     @pytest.mark.parametrize(
         ("content", "found"), [("", "NoneType"), ("- 1\n", "list"), ("text\n", "str")]

@@ -85,6 +85,11 @@ def test_a_pattern_of_nothing_names_what_there_is() -> None:
     assert "head.cls.weight" in str(e.value)
 
 
+def test_a_misspelled_module_is_told_the_module() -> None:
+    with pytest.raises(ValueError, match=r"names are head\.\*"):
+        inherit(net(5), net(5), ["haed.*"])
+
+
 def test_a_pattern_of_which_nothing_fits_says_why() -> None:
     with pytest.raises(ValueError, match=r"no tensor of 'body' could be copied") as error:
         inherit(net(5), net(6), ["head", "body"])

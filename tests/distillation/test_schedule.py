@@ -172,3 +172,10 @@ def test_a_weight_that_sets_itself_decays_and_a_given_one_stays() -> None:
         assert [Schedule.from_config(node, 1000)(i) for i in (0, 500, 999)] == [3.0] * 3
         node.SCHEDULE.DECAY, node.WEIGHT = "constant", None
         assert [Schedule.from_config(node, 1000)(i) for i in (0, 500, 999)] == [1.0] * 3
+
+
+def test_what_makes_no_schedule_names_its_distiller() -> None:
+    cfg = config()
+    cfg.KD.FEATURE_LP.SCHEDULE.DECAY = "linear"
+    with pytest.raises(ValueError, match=r"^KD\.FEATURE_LP: SCHEDULE.DECAY is 'linear', expected"):
+        Schedule.of("FeatureLp", cfg)
