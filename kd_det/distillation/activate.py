@@ -7,10 +7,12 @@ strides, and adapters are built for the pairs.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch import nn
 
@@ -73,7 +75,10 @@ def activate(
             the student to assign by them, and the student cannot.
     """
     wanted = {
-        name: [_resolve(spec, student, view, teacher) for spec in distiller.captures()]
+        name: [
+            _resolve(spec, student, view, teacher, partial(_place, name, distiller, spec))
+            for spec in distiller.captures()
+        ]
         for name, distiller in distillers.items()
     }
     everything = [item for items in wanted.values() for item in items]
@@ -120,7 +125,11 @@ def activate(
 
 
 def _resolve(
-    spec: CaptureSpec, student: nn.Module, view: View, teacher: Teacher
+    spec: CaptureSpec,
+    student: nn.Module,
+    view: View,
+    teacher: Teacher,
+    place: Callable[[str], str],
 ) -> ResolvedCapture:
     sides = spec.student is not None, spec.teacher is not None
     if spec.kind == "module" and sides == (False, True):
@@ -133,9 +142,10 @@ def _resolve(
             "teacher or in both models, a module one in the teacher alone."
         )
     dense = spec.kind == "predictions"
-    with _advice(spec.advice):
-        own = None if spec.student is None else CapturePath.parse(spec.student, student)
-        other = CapturePath.parse(str(spec.teacher), teacher.model)
+    own = None
+    if spec.student is not None:
+        own = _path(spec.student, student, spec.advice, place("student"))
+    other = _path(str(spec.teacher), teacher.model, spec.advice, place("teacher"))
     return ResolvedCapture(
         spec,
         own,
@@ -143,6 +153,28 @@ def _resolve(
         decode_student=_decoder(student, view.factor) if dense and sides[0] else None,
         decode_teacher=_decoder(teacher.model, teacher.view.factor) if dense else None,
     )
+
+
+def _path(text: str, model: nn.Module, advice: str, place: str) -> CapturePath:
+    """Return where a model is captured; an error says from which place the wish comes."""
+    try:
+        with _advice(advice):
+            path = CapturePath.parse(text, model)
+            path.expect_in(model)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    return path
+
+
+def _place(name: str, distiller: Distiller, spec: CaptureSpec, side: str) -> str:
+    """Return the key that says what is captured of a side; else whose capture it is."""
+    node, key = CfgNode(), f"{side.upper()}_CAPTURE"
+    distiller.add_config(node)
+    # Of a distiller's captures, these keys mean the one of its pyramids.
+    if spec.name != "features" or key not in node:
+        return f"{name}, of the {side}"
+    _, colon, label = name.partition(":")
+    return f"KD.{distiller.config_key}{colon}{label}.{key}"
 
 
 def _decoder(model: nn.Module, view_factor: float) -> Decode:

@@ -56,6 +56,16 @@ class CapturePath:
             module = _before(model, module)
         return cls(module, int(call) if at else None)
 
+    def expect_in(self, model: nn.Module) -> None:
+        """Raise ValueError, with the nearest names, where a model has no such module."""
+        modules = dict(model.named_modules())
+        if self.module not in modules:
+            pyramid = " A detector's pyramid is 'backbone'." if "backbone" in modules else ""
+            raise ValueError(
+                f"{type(model).__name__} has no module '{self.module}' to capture; "
+                f"{nearest(self.module, filter(None, modules))}.{pyramid}"
+            )
+
 
 class Captures:
     """Outputs of one pass by module path, one entry per call."""
@@ -117,12 +127,7 @@ class FeatureCapture:
         self.paths = tuple(dict.fromkeys(paths))
         modules = dict(model.named_modules())
         for path in self.paths:
-            if path.module not in modules:
-                pyramid = " A detector's pyramid is 'backbone'." if "backbone" in modules else ""
-                raise ValueError(
-                    f"{type(model).__name__} has no module '{path.module}' to capture; "
-                    f"{nearest(path.module, (name for name in modules if name))}.{pyramid}"
-                )
+            path.expect_in(model)
         self._modules = {path.module: modules[path.module] for path in self.paths}
 
     @contextlib.contextmanager

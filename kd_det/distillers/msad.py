@@ -11,6 +11,8 @@ alpha * T^2 / T with the paper's alpha 0.2 and temperature 3. An ordinary high-r
 teaches in the same way, with its p3..p7.
 """
 
+from dataclasses import replace
+
 from detectron2.config import CfgNode
 from torch import Tensor
 
@@ -73,6 +75,9 @@ class AlignedPyramid(PyramidDistiller):
                 f"KD.ALIGNED_PYRAMID.LOSS is {loss!r}, expected one of {', '.join(DISTANCES)}."
             )
         self.loss = loss
+        if teacher_capture == "fusion":
+            advice = "Of an ordinary teacher set KD.ALIGNED_PYRAMID.TEACHER_CAPTURE to 'backbone'."
+            self.spec = replace(self.spec, advice=advice)
 
     def distance(self, pair: Pair, mask: Tensor | None) -> Tensor:
         """Return the distance of a pair."""

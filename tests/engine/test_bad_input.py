@@ -99,6 +99,14 @@ class TestConfig:
             with pytest.raises(ValueError, match=r"no module 'backbone.fpn_output_3'") as error:
                 run(tiny_teacher("fcos"), {f"KD.FEATURE_LP.{key}": "backbone.fpn_output_3"})
             assert "backbone.fpn_output3" in str(error.value)
+            assert str(error.value).startswith(f"KD.FEATURE_LP.{key}: ")
+
+    def test_an_aligned_pyramid_of_an_ordinary_teacher(
+        self, run: Any, tiny_teacher: MakeTeacher
+    ) -> None:
+        message = r"no module 'fusion'.*set KD.ALIGNED_PYRAMID.TEACHER_CAPTURE to 'backbone'\.$"
+        with pytest.raises(ValueError, match=message):
+            run(tiny_teacher("fcos"), {"KD.DISTILLERS": ["AlignedPyramid"]})
 
     def test_misspelled_config_key(self, run: Any) -> None:
         with pytest.raises(KeyError, match=r"run.yaml: no config key is called KD.TEACHER.WEIGTHS"):
