@@ -119,7 +119,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
             "the yaml file the teacher was trained with."
         )
     try:
-        out = load_config(cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.OPTS)
+        node = cfg.KD.TEACHER
+        out = load_config(node.CONFIG_FILE, node.OPTS, source="KD.TEACHER.OPTS")
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise type(error)(f"KD.TEACHER.CONFIG_FILE: {error.args[0]}") from error
     out.MODEL.DEVICE = cfg.MODEL.DEVICE

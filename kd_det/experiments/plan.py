@@ -116,16 +116,21 @@ class _Planner:
         # A stable sort: what a run needs was built before it, and no teacher needs a student.
         ordered = sorted(self.runs.values(), key=lambda run: not run.is_teacher)
         base = recipe.arm(recipe.baseline)
-        cfg = self._config(base.config, (*recipe.overrides, *base.overrides))
+        cfg = self._arm_config(base)
         return Plan(tuple(ordered), teacher, students, cfg)
 
-    def _config(self, file: Path, opts: tuple[str, ...]) -> CfgNode:
-        """Return a config; every file is read once with the same overrides."""
+    def _config(self, file: Path, opts: tuple[str, ...], source: str) -> CfgNode:
+        """Return a config, read once with the same overrides; `source` says whose they are."""
         if (file, opts) not in self._configs:
-            self._configs[file, opts] = load_config(str(file), opts)
+            source = f"recipe {self.recipe.name}, {source}"
+            self._configs[file, opts] = load_config(str(file), opts, source=source)
         return self._configs[file, opts].clone()
 
-    def _identity(self, weights: str) -> str:
+    def _arm_config(self, arm: Arm) -> CfgNode:
+        opts = (*self.recipe.overrides, *arm.overrides)
+        return self._config(arm.config, opts, f"its overrides and those of arm {arm.name}")
+
+    def _identity(self, weights: str, owner: str) -> str:
         """Return the sha256 of a checkpoint, a file or of the zoo; of another URL, itself."""
         if weights.startswith(zoo.PREFIX):
             return zoo.find(weights).sha256
@@ -133,14 +138,14 @@ class _Planner:
             return weights
         if not Path(weights).is_file():
             raise RecipeError(
-                f"Teacher weights {weights} do not exist (KD.TEACHER.WEIGHTS of an arm)."
+                f"Teacher weights {weights} do not exist (KD.TEACHER.WEIGHTS of {owner})."
             )
         return digest_of(weights)
 
     def _student(self, arm: Arm, seed: int) -> Run:
         parent = self._student(self.recipe.arm(arm.init_from), seed) if arm.init_from else None
         opts = (*self.recipe.overrides, *arm.overrides)
-        return self._add(arm.name, arm.config, opts, seed, parent=parent)
+        return self._add(arm.name, self._arm_config(arm), arm.config, opts, seed, parent=parent)
 
     def _recipe_teacher(self) -> Run:
         """Return the run of the recipe's teacher: the arms' one, where an arm names that config."""
@@ -150,23 +155,25 @@ class _Planner:
                 return run
         # An arm that is left out may know where its weights are, which spares its training.
         for arm in self.recipe.left_out:
-            cfg = self._config(arm.config, (*self.recipe.overrides, *arm.overrides))
+            cfg = self._arm_config(arm)
             if needs_teacher(cfg) and Path(cfg.KD.TEACHER.CONFIG_FILE).resolve() == config:
-                return self._teacher_of(cfg, arm.name)[0]
-        if is_ready_made(self._config(config, ())):
+                return self._teacher_of(cfg, f"arm {arm.name}")[0]
+        if is_ready_made(self._config(config, (), "teacher")):
             raise RecipeError(
                 f"{self.recipe.name}: the teacher {config.name} is no detector, so there is no AP "
                 "to measure students by. Let `teacher` name a detector; arms may learn from others."
             )
-        return self._teacher(config, (), "auto")
+        return self._teacher(config, (), "auto", "its overrides for the teacher")
 
-    def _teacher(self, config: Path, opts: tuple[str, ...], weights: str) -> Run:
+    def _teacher(self, config: Path, opts: tuple[str, ...], weights: str, source: str) -> Run:
         opts = (*self.recipe.overrides, *opts)
-        return self._add(config.stem, config, opts, None, weights=weights)
+        cfg = self._config(config, opts, source)
+        return self._add(config.stem, cfg, config, opts, None, weights=weights)
 
     def _add(
         self,
         name: str,
+        cfg: CfgNode,
         config: Path,
         opts: tuple[str, ...],
         seed: int | None,
@@ -174,8 +181,8 @@ class _Planner:
         weights: str = "auto",
     ) -> Run:
         """Make the run of a student (`seed` given) or of a teacher, and those that it needs."""
-        cfg = self._config(config, opts)
         is_teacher = seed is None
+        owner = f"teacher {name}" if is_teacher else f"arm {name}"
         # A teacher whose config leaves the seed open gets one, so that its run can be repeated.
         cfg.SEED = max(cfg.SEED, 0) if seed is None else seed
         settings = ["SEED", str(cfg.SEED)]
@@ -187,11 +194,11 @@ class _Planner:
         }
         if weights != "auto":
             settings += ["MODEL.WEIGHTS", weights]
-            identities["weights"] = self._identity(weights)
-        elif needs_teacher(cfg) and (own_cfg := self._ready_made(cfg)):
+            identities["weights"] = self._identity(weights, owner)
+        elif needs_teacher(cfg) and (own_cfg := self._ready_made(cfg, owner)):
             identities["teacher"] = ready_made_identity(own_cfg, cfg.KD.TEACHER.WEIGHTS)
         elif needs_teacher(cfg):
-            teacher, path, identities["teacher"] = self._teacher_of(cfg, name)
+            teacher, path, identities["teacher"] = self._teacher_of(cfg, owner)
             settings += ["KD.TEACHER.WEIGHTS", path]
             needs.append(teacher)
         if parent is not None:
@@ -221,28 +228,32 @@ class _Planner:
             found["start"] = digest_of(cfg.MODEL.WEIGHTS)
         return found
 
-    def _ready_made(self, cfg: CfgNode) -> CfgNode | None:
+    def _ready_made(self, cfg: CfgNode, owner: str) -> CfgNode | None:
         """Return the config of the teacher a config names, if it brings its weights itself."""
         node = cfg.KD.TEACHER
         if not node.CONFIG_FILE:
             return None
         opts = tuple(str(word) for word in node.OPTS)
-        own_cfg = self._config(Path(node.CONFIG_FILE).resolve(), opts)
+        source = f"KD.TEACHER.OPTS of {owner}"
+        own_cfg = self._config(Path(node.CONFIG_FILE).resolve(), opts, source)
         return own_cfg if is_ready_made(own_cfg) else None
 
-    def _teacher_of(self, cfg: CfgNode, name: str) -> tuple[Run, str, str]:
+    def _teacher_of(self, cfg: CfgNode, owner: str) -> tuple[Run, str, str]:
         """Return the run of the teacher a config names, its checkpoint, and its identity."""
         node = cfg.KD.TEACHER
         if not node.CONFIG_FILE:
             raise RecipeError(
-                f"{name}: distills or inherits, but its config names no teacher; set "
+                f"{owner}: distills or inherits, but its config names no teacher; set "
                 "KD.TEACHER.CONFIG_FILE."
             )
         opts = tuple(str(word) for word in node.OPTS)
-        run = self._teacher(Path(node.CONFIG_FILE).resolve(), opts, node.WEIGHTS)
+        # Before the teacher's run is made: that knows no arm to name.
+        given = "" if node.WEIGHTS == "auto" else self._identity(node.WEIGHTS, owner)
+        source = f"its overrides and KD.TEACHER.OPTS of {owner}"
+        run = self._teacher(Path(node.CONFIG_FILE).resolve(), opts, node.WEIGHTS, source)
         if node.WEIGHTS == "auto":
             return run, str(run.checkpoint), run.folder.name
-        return run, node.WEIGHTS, self._identity(node.WEIGHTS)
+        return run, node.WEIGHTS, given
 
     def _check_test_sets(self) -> None:
         first = next(iter(self.test_sets.values()))

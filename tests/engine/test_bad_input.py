@@ -83,7 +83,9 @@ class TestTeacher:
             run(TinyTeacher(weights, weights))
 
     def test_misspelled_key_in_its_overrides(self, run: Any, tiny_teacher: MakeTeacher) -> None:
-        with pytest.raises(KeyError, match=r"KD.TEACHER.CONFIG_FILE: .*INPUT.FROMAT.*INPUT.FORMAT"):
+        with pytest.raises(
+            KeyError, match=r"KD.TEACHER.CONFIG_FILE: KD.TEACHER.OPTS: .*INPUT.FROMAT.*INPUT.FORMAT"
+        ):
             run(tiny_teacher("fcos"), {"KD.TEACHER.OPTS": ["INPUT.FROMAT", "RGB"]})
 
     def test_pixel_format_that_cannot_be_converted(

@@ -94,9 +94,9 @@ def test_each_config_and_each_checkpoint_is_read_once(lab, monkeypatch):
     def note(name):
         original = getattr(plan_module, name)
 
-        def reader(path, *rest):
+        def reader(path, *rest, **named):
             read[name].append(Path(path).name)
-            return original(path, *rest)
+            return original(path, *rest, **named)
 
         monkeypatch.setattr(plan_module, name, reader)
 
