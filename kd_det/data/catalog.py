@@ -14,7 +14,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from kd_det.data.coco_checks import check_coco, sizes_of_checked
+from kd_det.data.coco_checks import check_coco, checked_coco
 from kd_det.data.keypoints import keypoint_metadata
 from kd_det.data.shapes import KEYPOINT_FLIP_MAP, KEYPOINTS, make_shapes, shapes_json
 from kd_det.data.styles import V1, V2, Style
@@ -137,7 +137,7 @@ def _register(
 
 def _load(name: str) -> list[dict[str, Any]]:
     metadata = MetadataCatalog.get(name)
-    sizes_of_checked(name, Path(metadata.json_file), Path(metadata.image_root))
+    checked_coco(name, Path(metadata.json_file), Path(metadata.image_root))
     records: list[dict[str, Any]] = load_coco_json(metadata.json_file, metadata.image_root, name)
     annotated = any("keypoints" in item for record in records for item in record["annotations"])
     if annotated and metadata.get("keypoint_names") is None:

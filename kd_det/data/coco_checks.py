@@ -17,26 +17,39 @@ from kd_det.data.annotation_file import (
 # The metrics read area and iscrowd of every object, but only after hours of training.
 _OF_IMAGES = ("id", "file_name", "width", "height")
 _OF_ANNOTATIONS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-# (file, folder of images) -> what they were when they passed, and with which switches.
-_passed: dict[tuple[str, str], "_Passed"] = {}
+# (file, folder of images) -> what passed.
+_passed: dict[tuple[str, str], "CheckedSet"] = {}
 # A JPEG has no longer side, and the pixels of an image fit the 32 bits of a run length.
 _MAX_SIDE = 65_535
 
 
-class _Passed(NamedTuple):
+class CheckedSet(NamedTuple):
+    """
+    What passed, and what else is asked about it.
+
+    Attributes:
+        stamp: what file and folder were.
+        masks, keypoints: the switches.
+        images: file name, width and height in pixels of each.
+        classes: names in the order of the ids.
+        objects: how many there are beside crowds; None where the file lists no annotations.
+    """
+
     stamp: tuple[int, ...]
     masks: bool
     keypoints: bool
-    sizes: dict[tuple[int, int], str]
+    images: tuple[tuple[str, int, int], ...]
+    classes: tuple[str, ...]
+    objects: int | None
 
 
-def sizes_of_checked(
+def checked_coco(
     name: str, json_file: Path, images: Path, *, masks: bool = False, keypoints: bool = False
-) -> Mapping[tuple[int, int], str]:
+) -> CheckedSet:
     """
-    Return the sizes (width, height) of a data set's images, each with the name of one such file.
+    Return what a data set holds that can be trained or tested on.
 
-    The set is checked, see `check_coco`, unless this process has done so and neither file nor
+    It is checked, see `check_coco`, unless this process has done so and neither file nor
     folder has changed since.
 
     Raises:
@@ -45,11 +58,18 @@ def sizes_of_checked(
     key, stamp = (str(json_file), str(images)), _stamp(json_file, images)
     last = _passed.get(key)
     if last and last.stamp == stamp and last.masks >= masks and last.keypoints >= keypoints:
-        return last.sizes
+        return last
     content = check_coco(name, json_file, images, masks=masks, keypoints=keypoints)
-    sizes = {(x["width"], x["height"]): x["file_name"] for x in reversed(content["images"])}
-    _passed[key] = _Passed(stamp, masks, keypoints, sizes)
-    return sizes
+    annotations = content.get("annotations")
+    _passed[key] = CheckedSet(
+        stamp=stamp,
+        masks=masks,
+        keypoints=keypoints,
+        images=tuple((x["file_name"], x["width"], x["height"]) for x in content["images"]),
+        classes=tuple(x["name"] for x in sorted(content["categories"], key=lambda x: x["id"])),
+        objects=None if annotations is None else sum(not x["iscrowd"] for x in annotations),
+    )
+    return _passed[key]
 
 
 def _stamp(json_file: Path, images: Path) -> tuple[int, ...]:

@@ -1,21 +1,36 @@
 """What must hold of all data that a config names, before the first step of a run."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 
-from kd_det.data.coco_checks import sizes_of_checked
+from kd_det.data.coco_checks import checked_coco
 from kd_det.reading import load_pickle
 from kd_det.text import nearest
 
-# (data set, file name, width, height)
-Size = tuple[str, str, int, int]
+
+class Contents(NamedTuple):
+    """
+    What a data set holds.
+
+    Attributes:
+        images: file name, width and height in pixels of each whose size is annotated.
+        root: folder that the file names are relative to.
+        classes: names that its own file gives, by index; empty where Detectron2 knows them.
+        objects: how many there are beside crowds; None where the file lists no annotations.
+    """
+
+    images: Sequence[tuple[str, int, int]]
+    root: str
+    classes: Sequence[str]
+    objects: int | None
 
 
-def check_datasets(cfg: CfgNode) -> None:
+def check_datasets(cfg: CfgNode) -> dict[str, Contents]:
     """
     Check the training and test sets of a config, so that none fails after hours of training.
 
@@ -25,6 +40,9 @@ def check_datasets(cfg: CfgNode) -> None:
     Args:
         cfg: of a plain detector, or a full config.
 
+    Returns:
+        What each of them holds, by its name.
+
     Raises:
         KeyError: a name that is not registered.
         FileNotFoundError: an annotation file or an image is missing.
@@ -33,13 +51,14 @@ def check_datasets(cfg: CfgNode) -> None:
     """
     check_proposals(cfg)
     train, test = dict.fromkeys(cfg.DATASETS.TRAIN), dict.fromkeys(cfg.DATASETS.TEST)
-    sizes = {name: _check(name, cfg) for name in {**train, **test}}
+    found = {name: _check(name, cfg) for name in {**train, **test}}
     shortest = [size for size in cfg.INPUT.MIN_SIZE_TRAIN if size > 0]
     for name in train:
-        _check_sizes(sizes[name], shortest, cfg.INPUT.MAX_SIZE_TRAIN, "TRAIN")
+        _check_resizing(name, found[name], shortest, cfg.INPUT.MAX_SIZE_TRAIN, "TRAIN")
     shortest = [cfg.INPUT.MIN_SIZE_TEST] if cfg.INPUT.MIN_SIZE_TEST > 0 else []
     for name in test:
-        _check_sizes(sizes[name], shortest, cfg.INPUT.MAX_SIZE_TEST, "TEST")
+        _check_resizing(name, found[name], shortest, cfg.INPUT.MAX_SIZE_TEST, "TEST")
+    return found
 
 
 def check_proposals(cfg: CfgNode) -> None:
@@ -56,8 +75,8 @@ def check_proposals(cfg: CfgNode) -> None:
             load_pickle(path)
 
 
-def _check(name: str, cfg: CfgNode) -> list[Size]:
-    """Check one data set; return its images' sizes, each at least once."""
+def _check(name: str, cfg: CfgNode) -> Contents:
+    """Check one data set; return what it holds."""
     if name not in DatasetCatalog:
         raise KeyError(
             f"DATASETS: the data set {name!r} is not registered; "
@@ -67,30 +86,47 @@ def _check(name: str, cfg: CfgNode) -> list[Size]:
     json_file = metadata.get("json_file")
     # A panoptic set's instances stand in a COCO file of their own.
     if metadata.get("evaluator_type") not in ("coco", "coco_panoptic_seg") or not json_file:
-        return [
-            (name, record["file_name"], record["width"], record["height"])
-            for record in DatasetCatalog.get(name)
-            if "width" in record and "height" in record
-        ]
+        return _loaded(name)
     if not Path(json_file).is_file():
         DatasetCatalog.get(name)  # draws what is drawn on demand, or says how to get it
-    sizes = sizes_of_checked(
+    checked = checked_coco(
         name,
         Path(json_file),
         Path(metadata.image_root),
         masks=cfg.MODEL.MASK_ON,
         keypoints=cfg.MODEL.KEYPOINT_ON,
     )
-    return [(name, file_name, *size) for size, file_name in sizes.items()]
+    return Contents(
+        images=checked.images,
+        root=str(metadata.image_root),
+        classes=checked.classes,
+        objects=checked.objects,
+    )
 
 
-def _check_sizes(sizes: Iterable[Size], shortest: list[int], longest: int, role: str) -> None:
-    for name, file_name, width, height in sizes:
+def _loaded(name: str) -> Contents:
+    images: list[tuple[str, int, int]] = []
+    objects: int | None = None
+    for record in DatasetCatalog.get(name):
+        if "width" in record and "height" in record:
+            images.append((record["file_name"], record["width"], record["height"]))
+        if "annotations" in record:
+            items = record["annotations"]
+            objects = (objects or 0) + sum(not item.get("iscrowd", 0) for item in items)
+    return Contents(images=images, root="", classes=(), objects=objects)
+
+
+def _check_resizing(
+    name: str, contents: Contents, shortest: list[int], longest: int, role: str
+) -> None:
+    # Of each size the first image.
+    sizes = {(width, height): file for file, width, height in reversed(contents.images)}
+    for (width, height), file in sizes.items():
         for side in (min(shortest), max(shortest)) if shortest else ():
             new = ResizeShortestEdge.get_output_shape(height, width, side, longest)
             if min(new) < 1:
                 raise ValueError(
-                    f"data set {name!r}: {file_name} of {width} x {height} pixels (width x height) "
+                    f"data set {name!r}: {file} of {width} x {height} pixels (width x height) "
                     f"becomes {new[1]} x {new[0]} when INPUT.MIN_SIZE_{role} {side} and MAX_SIZE_"
                     f"{role} {longest} resize it; take it out, cut it into pieces, or raise "
                     f"INPUT.MAX_SIZE_{role}"

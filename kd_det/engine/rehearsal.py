@@ -19,13 +19,17 @@ from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.file_io import PathManager
 
 from kd_det.checkpoint import KDCheckpointer
+from kd_det.config import student_cfg
 from kd_det.data import register_from_config
 from kd_det.data.dataset_checks import check_datasets
+from kd_det.data.test_set_checks import check_classes_tested, check_objects, check_test_files
 from kd_det.engine.auto_teacher import absent_teacher
 from kd_det.engine.trainer import DistillationTrainer
 
 _logger = logging.getLogger("kd_det.engine")
 TrainerClass = type[DistillationTrainer]
+# Detectron2's models that predict no classes of objects.
+_WITHOUT_CLASSES = ("ProposalNetwork", "SemanticSegmentor")
 
 
 def prepare(cfg: CfgNode) -> None:
@@ -97,7 +101,12 @@ def _rehearse_all(cfg: CfgNode, trainer: TrainerClass, folder: str) -> str:
 
 
 def rehearse(
-    cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, folder: str, teacher: str = ""
+    cfg: CfgNode,
+    trainer: TrainerClass = DistillationTrainer,
+    *,
+    folder: str,
+    teacher: str = "",
+    of_teacher: bool = False,
 ) -> str:
     """
     Build once all that a run builds: data, evaluators, models with their first weights, optimizer.
@@ -107,6 +116,7 @@ def rehearse(
         trainer: as for the run.
         folder: for what is written meanwhile; the run's own is not touched.
         teacher: weights in place of KD.TEACHER.WEIGHTS; "": the config's.
+        of_teacher: the run is that of a comparison's teacher, see `check_classes_tested`.
 
     Returns:
         A checkpoint of the untrained model, which can stand in for that of an absent teacher.
@@ -117,7 +127,7 @@ def rehearse(
     os.makedirs(folder, exist_ok=True)
     cfg = _in_folder(cfg, folder, teacher)
     with _without_trace():
-        _check_data(cfg, trainer)
+        _check_data(cfg, trainer, of_teacher=of_teacher)
         training = trainer(cfg)
         try:
             training.resume_or_load(resume=False)
@@ -144,16 +154,30 @@ def rehearse_evaluation(
     cfg.defrost()
     cfg.KD.DISTILLERS, cfg.KD.INHERIT = [], []
     with _without_trace():
-        _check_data(cfg, trainer)
+        _check_data(cfg, trainer, trains=False)
         model = trainer.build_model(cfg)
         if os.path.isfile(cfg.MODEL.WEIGHTS):
             KDCheckpointer(model, save_to_disk=False).load_student(cfg.MODEL.WEIGHTS, strict=True)
 
 
-def _check_data(cfg: CfgNode, trainer: TrainerClass) -> None:
-    check_datasets(cfg)
+def _check_data(
+    cfg: CfgNode, trainer: TrainerClass, *, trains: bool = True, of_teacher: bool = False
+) -> None:
+    found = check_datasets(cfg)
+    # A loader or an evaluator of the user's own may read images and classes in its own way.
+    if _is_stock(trainer, "build_test_loader"):
+        check_test_files(cfg, found)
+    if _is_stock(trainer, "build_evaluator"):
+        check_objects(cfg, found)
+        if trains and student_cfg(cfg).MODEL.META_ARCHITECTURE not in _WITHOUT_CLASSES:
+            check_classes_tested(cfg, found, of_teacher=of_teacher)
     for name in cfg.DATASETS.TEST:
         trainer.build_evaluator(cfg, name)
+
+
+def _is_stock(trainer: TrainerClass, method: str) -> bool:
+    own, stock = (getattr(kind, method).__func__ for kind in (trainer, DistillationTrainer))
+    return own is stock
 
 
 def _in_folder(cfg: CfgNode, folder: str, teacher: str = "") -> CfgNode:

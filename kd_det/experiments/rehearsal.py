@@ -55,7 +55,9 @@ def _rehearse(run: Run, folder: str, stand_ins: dict[Run, str]) -> None:
 
     def build(cfg: CfgNode) -> None:
         if run.iterations:
-            stand_ins[run] = rehearse(cfg, folder=folder, teacher=weights)
+            stand_ins[run] = rehearse(
+                cfg, folder=folder, teacher=weights, of_teacher=run.is_teacher
+            )
         else:
             rehearse_evaluation(cfg, folder=folder)
 

@@ -101,3 +101,58 @@ def test_a_trainer_of_the_user_is_what_is_tried(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="my own model"):
         main(["--config-file", str(rehearsals.write_pair(tmp_path, {}, {}))], trainer=Trainer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"), rehearsals.MISFITS, ids=lambda x: str(x)[:9]
+)
+class TestATestSetThatDoesNotFit:
+    @pytest.mark.parametrize("absent", [True, False])
+    def test_is_found_before(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        kind: str,
+        change: Callable[[Any], Any],
+        message: str,
+        absent: bool,
+    ) -> None:
+        keys = rehearsals.odd_test_set(tmp_path, kind, change)
+        path = tiny_runs.write_config(tmp_path / "run.yaml", "fcos", keys)
+        if absent:  # of the teacher alone, which comes first
+            path = rehearsals.write_pair(tmp_path, {}, keys)
+        monkeypatch.setattr(DistillationTrainer, "train", lambda _: pytest.fail("it was trained"))
+        with pytest.raises(ValueError, match=message):
+            main(["--config-file", str(path)])
+
+    def test_is_the_matter_of_who_loads_and_evaluates(
+        self, tmp_path: Path, kind: str, change: Callable[[Any], Any], message: str
+    ) -> None:
+        class Trainer(DistillationTrainer):
+            @classmethod
+            def build_test_loader(cls, cfg: Any, dataset_name: str) -> Any:
+                return super().build_test_loader(cfg, dataset_name)
+
+            @classmethod
+            def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
+                return super().build_evaluator(cfg, dataset_name)
+
+        keys = rehearsals.odd_test_set(tmp_path, kind, change)
+        cfg = load_config(str(tiny_runs.write_config(tmp_path / "run.yaml", "fcos", keys)))
+        prepare(cfg)
+        check_before_training(cfg, Trainer)
+        with pytest.raises(ValueError, match=message):
+            check_before_training(cfg, DistillationTrainer)
+
+
+def test_proposals_have_no_classes(tmp_path: Path) -> None:
+    kind, change, message = rehearsals.MISFITS[0]
+    keys = rehearsals.odd_test_set(tmp_path, kind, change)
+    path = tiny_runs.write_config(tmp_path / "run.yaml", "faster_rcnn", keys)
+    cfg = load_config(str(path))
+    prepare(cfg)
+    with pytest.raises(ValueError, match=message):
+        check_before_training(cfg, DistillationTrainer)
+    cfg = load_config(str(path), ["MODEL.META_ARCHITECTURE", "ProposalNetwork"])
+    prepare(cfg)
+    check_before_training(cfg, DistillationTrainer)

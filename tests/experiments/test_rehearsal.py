@@ -77,6 +77,24 @@ def test_a_mistake_stops_before_the_teacher_is_trained(
     assert not list((tmp_path / "out").rglob("*.pth"))
 
 
+def test_classes_that_differ_stop_the_students_and_not_their_teacher(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A teacher of features may know other classes; its AP is then its own affair."""
+    kind, change, message = rehearsals.MISFITS[0]
+    keys = rehearsals.odd_test_set(tmp_path, kind, change)
+    recipe = write_recipe(tmp_path, {})
+    content = yaml.safe_load(recipe.read_text())
+    content["overrides"] = ["DATASETS.TEST", keys["DATASETS.TEST"]]
+    content["overrides"] += ["KD.DATASETS", keys["KD.DATASETS"]]
+    recipe.write_text(yaml.safe_dump(content))
+    plan = make_plan(read_recipe(str(recipe)), tmp_path / "out")
+    tmp_path.joinpath("out").mkdir()
+    with pytest.raises(RecipeError, match=rf"arm none .*{message}"):
+        rehearse_runs(plan.runs, tmp_path / "out")
+    assert re.search(message, caplog.text)  # of the teacher
+
+
 def test_every_arm_once_for_all_seeds_and_nothing_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
