@@ -142,7 +142,7 @@ def rehearse_evaluation(
     cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, folder: str
 ) -> None:
     """
-    Build once all that an evaluation builds, and load MODEL.WEIGHTS if they are there.
+    Build once all that an evaluation builds, and load MODEL.WEIGHTS if they name a file.
 
     Args:
         cfg, trainer, folder: as for `rehearse`.
@@ -156,7 +156,8 @@ def rehearse_evaluation(
     with _without_trace():
         _check_data(cfg, trainer, trains=False)
         model = trainer.build_model(cfg)
-        if os.path.isfile(cfg.MODEL.WEIGHTS):
+        # From elsewhere they come when they are needed.
+        if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS:
             KDCheckpointer(model, save_to_disk=False).load_student(cfg.MODEL.WEIGHTS, strict=True)
 
 

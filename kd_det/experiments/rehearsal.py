@@ -74,6 +74,11 @@ def _rehearse(run: Run, folder: str, stand_ins: dict[Run, str]) -> None:
 
 def _config(run: Run) -> CfgNode:
     cfg = load_config(str(run.config_file), run.opts)
+    if not run.iterations and not cfg.MODEL.WEIGHTS:
+        raise ValueError(
+            "SOLVER.MAX_ITER is 0, so it is evaluated alone, and there are no weights to evaluate; "
+            "give it `init_from` in the recipe, or MODEL.WEIGHTS, or train it (SOLVER.MAX_ITER)."
+        )
     parents = [str(other.checkpoint) for other in run.needs if not other.is_teacher]
     if cfg.MODEL.WEIGHTS in parents:
         cfg.MODEL.WEIGHTS = ""  # not there yet

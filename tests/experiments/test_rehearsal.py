@@ -95,6 +95,29 @@ def test_classes_that_differ_stop_the_students_and_not_their_teacher(
     assert re.search(message, caplog.text)  # of the teacher
 
 
+@pytest.mark.parametrize(
+    ("weights", "init_from", "message"),
+    [
+        ("", None, r"SOLVER.MAX_ITER is 0, .* no weights to evaluate; give it `init_from`"),
+        ("/gone/weights.pth", None, r"/gone/weights\.pth does not exist"),
+        ("", "good", ""),
+    ],
+)
+def test_an_arm_to_evaluate_has_weights(
+    tmp_path: Path, weights: str, init_from: str | None, message: str
+) -> None:
+    keys = {"SOLVER.MAX_ITER": 0, "MODEL.WEIGHTS": weights}
+    recipe = write_recipe(tmp_path, keys, **({"init_from": init_from} if init_from else {}))
+    plan = make_plan(read_recipe(str(recipe)), tmp_path / "out")
+    odd = [run for run in plan.runs if run.name == "odd"]
+    tmp_path.joinpath("out").mkdir()
+    if not message:
+        rehearse_runs(odd, tmp_path / "out")
+        return
+    with pytest.raises(RecipeError, match=rf"(?s)arm odd .*{message}.*Nothing was trained"):
+        rehearse_runs(odd, tmp_path / "out")
+
+
 def test_every_arm_once_for_all_seeds_and_nothing_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
