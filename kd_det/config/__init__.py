@@ -9,6 +9,7 @@ from kd_det.config.roles import (
     starts_trained,
     student_cfg,
 )
+from kd_det.config.shipping import stock_cfg
 
 __all__ = [
     "add_kd_config",
@@ -18,5 +19,6 @@ __all__ = [
     "load_config",
     "needs_teacher",
     "starts_trained",
+    "stock_cfg",
     "student_cfg",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deployed
 import pytest
 import tiny_runs
 import torch
@@ -39,10 +40,10 @@ def test_getting_started(
     """The distilled run and what ships of it, word for word but for the teacher's path."""
     page = ROOT / "docs" / "getting_started.md"
     distilled, own_data, recipe = snippets(page, "yaml")
-    ship, _ = snippets(page, "python")
+    ship, write, deploy, _ = snippets(page, "python")
     teacher = tiny_teacher("retinanet")
     keys = {"KD.DATASETS": [tiny_data], "SOLVER.MAX_ITER": 2}
-    tiny_runs.write_config(tmp_path / "student.yaml", "retinanet", keys)
+    tiny_runs.write_config(tmp_path / "student.yaml", "retinanet", keys, r50=True)
     (tmp_path / "teacher.yaml").write_text(f"_BASE_: {teacher.config_file}\n")
     text = distilled.replace("/path/to/teacher.pth", str(teacher.weights))
     (tmp_path / "distilled.yaml").write_text(text)
@@ -50,8 +51,9 @@ def test_getting_started(
     monkeypatch.chdir(tmp_path)
 
     main(["--config-file", "distilled.yaml"])
-    done = subprocess.run([sys.executable, "-c", ship], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for code in (f"{ship}\n{write}", deployed.without_kd_det(deploy)):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     assert [arm.name for arm in read_recipe("recipe.yaml").arms] == ["none", "ssim"]
     (tmp_path / "data.yaml").write_text(own_data)
     assert list(load_config("data.yaml").DATASETS.TRAIN) == ["mine_train"]
@@ -61,7 +63,7 @@ def test_stock_detectron2_builds_an_fcos_that_was_distilled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the page's code, which names nothing of kd_det; it predicts what kd_det's own does."""
-    _, plain = snippets(ROOT / "docs" / "getting_started.md", "python")
+    *_, plain = snippets(ROOT / "docs" / "getting_started.md", "python")
     assert "kd_det" not in plain
     cfg = load_config(
         str(ROOT / "configs" / "coco" / "crosskd" / "fcos_r101_r50_2x_ms.yaml"),
