@@ -142,6 +142,9 @@ def _resolve(
             "teacher or in both models, a module one in the teacher alone."
         )
     dense = spec.kind == "predictions"
+    # First: a model without dense predictions has none of the modules that give them either.
+    decode_student = _decoder(student, view.factor) if dense and sides[0] else None
+    decode_teacher = _decoder(teacher.model, teacher.view.factor) if dense else None
     own = None
     if spec.student is not None:
         own = _path(spec.student, student, spec.advice, place("student"))
@@ -150,8 +153,8 @@ def _resolve(
         spec,
         own,
         other,
-        decode_student=_decoder(student, view.factor) if dense and sides[0] else None,
-        decode_teacher=_decoder(teacher.model, teacher.view.factor) if dense else None,
+        decode_student=decode_student,
+        decode_teacher=decode_teacher,
     )
 
 

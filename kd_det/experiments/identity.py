@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_det.data import register_from_config
 from kd_det.data.annotation_file import read_annotation_file
-from kd_det.distillers import distiller_class, node_name
+from kd_det.distillers import DISTILLER_REGISTRY, distiller_class, node_name
 from kd_det.experiments.digests import digest_of
 from kd_det.files import cache_root
 
@@ -41,7 +41,10 @@ def data_identity(cfg: CfgNode) -> dict[str, str]:
 def share_identity(cfg: CfgNode) -> dict[str, str]:
     """Return the shares of the distillers that are given none: another default is another run."""
     found = {}
+    known = {key for key, _ in DISTILLER_REGISTRY}
     for name in cfg.KD.DISTILLERS:
+        if name.partition(":")[0] not in known:
+            continue  # refused when the run is rehearsed, by its arm
         node = cfg.KD[node_name(name)]
         if node.WEIGHT is None and node.SHARE is None:
             method = distiller_class(name)
