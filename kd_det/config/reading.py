@@ -17,7 +17,7 @@ from kd_det.config.keys import add_kd_config, add_labelled_nodes
 from kd_det.config.plugins import import_plugins
 from kd_det.config.roles import is_distillation
 from kd_det.config.safe_yaml import parse_yaml
-from kd_det.config.values import refuse_wrong_values
+from kd_det.config.values import refuse_wrong_values, takes_float
 from kd_det.files import offer_shipped
 from kd_det.text import nearest
 
@@ -143,7 +143,7 @@ def _apply_overrides(cfg: CfgNode, opts: Sequence[Any], source: str) -> None:
     for pair in zip(keys, opts[1::2], strict=True):
         refuse_wrong_values(dict([pair]), now, source)
     # yacs would refuse a whole number where a float stands; None is no number (a WEIGHT not given).
-    floats = {key for key, value in now.items() if isinstance(value, float)}
+    floats = {key for key, value in now.items() if takes_float(key, value)}
     words = [
         float(v) if k in floats and v not in (None, "None") else v
         for k, v in zip(keys, opts[1::2], strict=True)
@@ -207,12 +207,12 @@ def _place(error: Exception) -> str:
     return "" if mark is None else f", line {mark.line + 1}: {getattr(error, 'problem', '')}"
 
 
-def _read_whole_numbers(content: dict[str, Any], cfg: Mapping[str, Any]) -> None:
-    """Turn whole numbers into floats where a key holds a float: yacs would refuse them."""
+def _read_whole_numbers(content: dict[str, Any], cfg: Mapping[str, Any], prefix: str = "") -> None:
+    """Turn whole numbers into floats where a key takes a float: yacs would refuse them."""
     for key, value in content.items():
         if isinstance(value, dict):
-            _read_whole_numbers(value, cfg[key])
-        elif isinstance(cfg[key], float) and type(value) is int:
+            _read_whole_numbers(value, cfg[key], f"{prefix}{key}.")
+        elif type(value) is int and takes_float(f"{prefix}{key}", cfg[key]):
             content[key] = float(value)
 
 

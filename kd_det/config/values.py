@@ -11,6 +11,11 @@ _WEIGHTS = re.compile(r"KD\.[^.]+\.(WEIGHT|SHARE)")
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
+def takes_float(key: str, now: Any) -> bool:
+    """Return whether a key (the full one) that holds `now` takes numbers with a point."""
+    return isinstance(now, float) or _WEIGHTS.fullmatch(key) is not None
+
+
 def refuse_wrong_values(given: Mapping[str, Any], now: Mapping[str, Any], source: str) -> None:
     """
     Refuse values of another kind than a key's.

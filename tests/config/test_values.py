@@ -63,3 +63,15 @@ def test_what_reads_as_a_number_is_one(tmp_path: Path) -> None:
     cfg = load_config(str(path), ["SOLVER.WARMUP_FACTOR", "inf", "KD.SSIM.SHARE", "1e-2"])
     assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_FACTOR) == (0.001, float("inf"))
     assert (cfg.KD.SSIM.WEIGHT, cfg.KD.SSIM.SHARE) == (0.2, 0.01)
+
+
+@pytest.mark.parametrize("word", ["2.5", "3", 2.5, 3, "None", None])
+def test_a_whole_weight_of_a_base_takes_any_other(tmp_path: Path, word: Any) -> None:
+    kd = {"DISTILLERS": ["SSIM"], "SSIM": {"WEIGHT": 4}}
+    content = {"MODEL": {"META_ARCHITECTURE": "DistillationDetector"}, "KD": kd}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(content))
+    assert load_config(str(tmp_path / "base.yaml")).KD.SSIM.WEIGHT == 4.0
+    (tmp_path / "a.yaml").write_text("_BASE_: base.yaml\nKD: {SSIM: {WEIGHT: 2.5}}\n")
+    assert load_config(str(tmp_path / "a.yaml")).KD.SSIM.WEIGHT == 2.5
+    found = load_config(str(tmp_path / "base.yaml"), ["KD.SSIM.WEIGHT", word]).KD.SSIM.WEIGHT
+    assert found == (None if word in (None, "None") else float(word))
