@@ -7,9 +7,8 @@ strides, and adapters are built for the pairs.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -76,8 +75,7 @@ def activate(
     """
     wanted = {
         name: [
-            _resolve(spec, student, view, teacher, partial(_place, name, distiller, spec))
-            for spec in distiller.captures()
+            _resolve(name, distiller, spec, student, view, teacher) for spec in distiller.captures()
         ]
         for name, distiller in distillers.items()
     }
@@ -125,11 +123,12 @@ def activate(
 
 
 def _resolve(
+    name: str,
+    distiller: Distiller,
     spec: CaptureSpec,
     student: nn.Module,
     view: View,
     teacher: Teacher,
-    place: Callable[[str], str],
 ) -> ResolvedCapture:
     sides = spec.student is not None, spec.teacher is not None
     if spec.kind == "module" and sides == (False, True):
@@ -147,8 +146,10 @@ def _resolve(
     decode_teacher = _decoder(teacher.model, teacher.view.factor) if dense else None
     own = None
     if spec.student is not None:
-        own = _path(spec.student, student, spec.advice, place("student"))
-    other = _path(str(spec.teacher), teacher.model, spec.advice, place("teacher"))
+        place = _place(name, distiller, spec, "student")
+        own = _path(spec.student, student, spec.advice, place)
+    place = _place(name, distiller, spec, "teacher")
+    other = _path(str(spec.teacher), teacher.model, spec.advice, place)
     return ResolvedCapture(
         spec,
         own,
