@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+#: What a config, its plugins, models, data sets and checkpoints are refused with.
+INPUT_ERRORS = (ImportError, KeyError, ValueError, OSError)
+
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
     """Return a phrase naming the valid names closest to `name` in any case, for error messages."""
@@ -20,3 +23,8 @@ def some(items: Sequence[str], count: int = 12) -> str:
     """Return the first of many items as a list in a sentence."""
     rest = f", ... and {len(items) - count} more" if len(items) > count else ""
     return ", ".join(items[:count]) + rest
+
+
+def message_of(error: Exception) -> str:
+    """Return what an error says; a KeyError would show its message as the key it is not."""
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace, argv: Sequence[str], runner: Sequence[str] | N
     from kd_det.experiments.pages import comparison_lines, pull_table, table
     from kd_det.experiments.recipe import RecipeError
     from kd_det.experiments.runs import RunFailed
+    from kd_det.text import INPUT_ERRORS, message_of
 
     try:
         comparison = Comparison.prepare(
@@ -49,9 +50,8 @@ def run(args: argparse.Namespace, argv: Sequence[str], runner: Sequence[str] | N
             jobs=args.jobs,
             practical=args.practical,
         )
-    # What a recipe, its configs and its data sets are refused with.
-    except (ImportError, KeyError, ValueError, OSError) as error:
-        return _stop(str(error.args[0] if isinstance(error, KeyError) else error), 2)
+    except INPUT_ERRORS as error:
+        return _stop(message_of(error), 2)
     try:
         report = comparison.carry_out(shown_command("kd-det compare", argv))
     except RecipeError as error:

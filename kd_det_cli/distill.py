@@ -55,6 +55,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     from kd_det.engine.main import main
     from kd_det.engine.rehearsal import rehearse_run
     from kd_det.experiments.environment import shown_command
+    from kd_det.text import INPUT_ERRORS, message_of
 
     try:
         file = write_distillation(
@@ -66,9 +67,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
             opts=args.opts,
             command=shown_command("kd-det distill", argv),
         )
-    except (ImportError, KeyError, ValueError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        print(f"kd-det distill: {message}", file=sys.stderr)
+    except INPUT_ERRORS as error:
+        print(f"kd-det distill: {message_of(error)}", file=sys.stderr)
         return 2
     print(f"{file} is this run's config: train_net.py --config-file {file}", flush=True)
     words = ["--config-file", str(file), "--num-gpus", str(args.num_gpus)]

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         Exit code: 0 done, 2 the config or the arguments are wrong.
     """
     from kd_det.experiments.show import draw_importance, draw_similarity
+    from kd_det.text import INPUT_ERRORS, message_of
 
     options = {"out": args.out, "images": args.images, "skip": args.skip}
     try:
@@ -49,10 +50,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         else:
             checkpoints = {"before": args.before, "after": args.after}
             draw_similarity(args.config_file, args.opts, checkpoints, **options)
-    # What a config, its models, its data sets and the checkpoints are refused with.
-    except (ImportError, KeyError, ValueError, OSError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        print(f"kd-det show: {message}", file=sys.stderr)
+    except INPUT_ERRORS as error:
+        print(f"kd-det show: {message_of(error)}", file=sys.stderr)
         return 2
     print(args.out)
     return 0

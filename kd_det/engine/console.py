@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from kd_det.engine.launch import ProcessFailed, log_error
+from kd_det.text import INPUT_ERRORS, message_of
 
-# What a config, its plugins and its data are refused with.
-_OF_INPUT = (ImportError, KeyError, ValueError, OSError)
 _LOGGERS = ("detectron2", "fvcore", "kd_det")
 # Log files that could not be written, of a full disk.
 _UNWRITABLE: set[str] = set()
@@ -89,11 +88,10 @@ def plain_errors() -> Iterator[None]:
         if isinstance(error, ProcessFailed):
             print(f"\n{error}", file=sys.stderr)
             sys.exit(1)
-        if logged is None and not isinstance(error, _OF_INPUT):
+        if logged is None and not isinstance(error, INPUT_ERRORS):
             raise
         log_error()
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"\n{type(error).__name__}: {message}", file=sys.stderr)
+        print(f"\n{type(error).__name__}: {message_of(error)}", file=sys.stderr)
         if logged is not None and logged not in _UNWRITABLE:
             print(f"The traceback is in {logged}.", file=sys.stderr)
         sys.exit(1)
