@@ -95,11 +95,11 @@ class KDCheckpointer(RecordingCheckpointer):
         Raises:
             RuntimeError: there are checkpoints, and none is readable.
         """
-        found = self._last_readable()
-        if found is None:
+        path, content = self.last_content()
+        if not path:
             return False
-        self._restore(*found)
-        self.resumed_from = found[0]
+        self._restore(path, content)
+        self.resumed_from = path
         return True
 
     def last_readable(self) -> str:
@@ -109,11 +109,10 @@ class KDCheckpointer(RecordingCheckpointer):
         Raises:
             RuntimeError: there are checkpoints, and none is readable.
         """
-        found = self._last_readable()
-        return found[0] if found else ""
+        return self.last_content()[0]
 
-    def _last_readable(self) -> tuple[str, dict[str, Any]] | None:
-        """Return path and content of the newest good checkpoint."""
+    def last_content(self) -> tuple[str, dict[str, Any]]:
+        """Return path and content of `last_readable`; of none, "" and nothing."""
         candidates = self._newest_first()
         for path in candidates:
             try:
@@ -130,7 +129,7 @@ class KDCheckpointer(RecordingCheckpointer):
                 f"None of the checkpoints to resume from is readable: {', '.join(candidates)}. "
                 "Remove them and start afresh without --resume."
             )
-        return None
+        return "", {}
 
     def _restore(self, path: str, checkpoint: dict[str, Any]) -> None:
         absent = [key for key in self.checkpointables if key not in checkpoint]

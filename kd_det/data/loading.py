@@ -58,3 +58,24 @@ def check_classes(
             f"{model} of this config predicts {num_classes} classes; set its NUM_CLASSES to "
             f"{max(labels) + 1} or more."
         )
+
+
+def check_boxes(dataset: Sequence[dict[str, Any]], names: Sequence[str], needed_by: str) -> None:
+    """
+    Refuse data without boxes where a distiller needs them.
+
+    Args:
+        dataset: records in Detectron2's format.
+        names: of the data sets, for the message.
+        needed_by: whose needs they are, for the message.
+
+    Raises:
+        ValueError: a record lists no annotations, not even an empty list.
+    """
+    without = next((record for record in dataset if "annotations" not in record), None)
+    if without is not None:
+        raise ValueError(
+            f"{needed_by} needs boxes, but DATASETS.TRAIN {list(names)} has images without "
+            f"'annotations' (e.g. {without.get('file_name')}); take it out of KD.DISTILLERS, or "
+            "train on data with boxes."
+        )

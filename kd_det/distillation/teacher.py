@@ -201,9 +201,7 @@ def _from_lazy(cfg: CfgNode, same_classes_as: nn.Module | None) -> Teacher:
     """Build the teacher whose config is a LazyConfig."""
     node = cfg.KD.TEACHER
     lazy = load_lazy(node.CONFIG_FILE, node.OPTS)
-    weights = node.WEIGHTS
-    if weights == "auto":
-        weights = os.path.join(lazy.get("train", {}).get("output_dir", ""), "model_final.pth")
+    weights = lazy_weights(node.WEIGHTS, lazy)
     _expect_weights(weights, node.CONFIG_FILE)
     plain = plain_model(lazy)
     if same_classes_as is not None:
@@ -216,6 +214,13 @@ def _from_lazy(cfg: CfgNode, same_classes_as: nn.Module | None) -> Teacher:
         precision=node.PRECISION,
         identity=TeacherIdentity(node.CONFIG_FILE, weights, sha256_of(path)),
     )
+
+
+def lazy_weights(weights: str, lazy: Any) -> str:
+    """Return what `teacher_weights` does, of a teacher whose config is a LazyConfig."""
+    if weights == "auto":
+        return os.path.join(lazy.get("train", {}).get("output_dir", ""), "model_final.pth")
+    return weights
 
 
 def other_channel_order(student: str, teacher: str) -> bool:
@@ -240,6 +245,8 @@ def has_net_of(student: nn.Module, teacher: nn.Module) -> bool:
     """
     Return whether the teacher's net below the pyramid holds the student's: R101's holds R50's.
 
+    Of tensors' names and shapes; a norm is the same whether it is frozen or trains.
+
     Args:
         student, teacher: plain models, with or without pyramids.
     """
@@ -247,6 +254,8 @@ def has_net_of(student: nn.Module, teacher: nn.Module) -> bool:
     for model in (student, teacher):
         backbone = getattr(model, "backbone", None)
         net = getattr(backbone, "bottom_up", backbone)
-        named = [] if net is None else net.named_parameters()
-        shapes.append({key: x.shape for key, x in named})
+        tensors = {} if net is None else net.state_dict()
+        # A count of trained batch norms alone.
+        kept = (key for key in tensors if not key.endswith("num_batches_tracked"))
+        shapes.append({key: tensors[key].shape for key in kept})
     return bool(shapes[0]) and shapes[0].items() <= shapes[1].items()

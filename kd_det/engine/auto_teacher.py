@@ -1,14 +1,18 @@
-"""The teacher of KD.TEACHER.WEIGHTS "auto": is it there and whole, or to be trained first?"""
+"""The teacher's checkpoint: is it there and whole, or to be trained first, and will it stay?"""
 
 import os
+import re
 
 from detectron2.config import CfgNode
 
 from kd_det.config import needs_teacher
-from kd_det.config.lazy import is_lazy
+from kd_det.config.lazy import is_lazy, load_lazy
 from kd_det.distillation.ready_made import is_ready_made
-from kd_det.distillation.teacher import teacher_config, teacher_weights
+from kd_det.distillation.teacher import lazy_weights, teacher_config, teacher_weights
 from kd_det.reading import what_damages
+
+# What a run calls its own checkpoints.
+_OF_A_RUN = re.compile(r"model_(\d+|final)\.pth")
 
 
 def absent_teacher(cfg: CfgNode) -> CfgNode | None:
@@ -42,3 +46,30 @@ def what_lacks(weights: str) -> str:
     except FileNotFoundError:  # another process of this job has just set it aside
         return "is not there yet"
     return f"is damaged ({damage})" if damage else ""
+
+
+def expect_own_folder(cfg: CfgNode) -> None:
+    """
+    Refuse a run that would replace its teacher's checkpoint by its own.
+
+    Raises:
+        ValueError: OUTPUT_DIR is the folder of a checkpoint that KD.TEACHER.WEIGHTS names.
+        FileNotFoundError, KeyError, ValueError: from `teacher_config`.
+    """
+    if not needs_teacher(cfg):
+        return
+    node = cfg.KD.TEACHER
+    if is_lazy(node.CONFIG_FILE):
+        weights = lazy_weights(node.WEIGHTS, load_lazy(node.CONFIG_FILE, node.OPTS))
+    else:
+        own_cfg = teacher_config(cfg)
+        if is_ready_made(own_cfg):
+            return
+        weights = teacher_weights(cfg, own_cfg)
+    folder, file = os.path.split(os.path.abspath(weights))
+    if _OF_A_RUN.fullmatch(file) and os.path.realpath(folder) == os.path.realpath(cfg.OUTPUT_DIR):
+        raise ValueError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} is the folder of the teacher's checkpoint {weights} "
+            "(KD.TEACHER.WEIGHTS), which the student's would replace. Give the student, or the "
+            "teacher, another OUTPUT_DIR."
+        )

@@ -59,7 +59,7 @@ class LazyTrainer(DistillationTrainer):
         """Build the course of the learning rate."""
         return LRMultiplier(optimizer, instantiate(cls.lazy.lr_multiplier), cfg.SOLVER.MAX_ITER)
 
-    def _build_train_loader(self, cfg: CfgNode, classes: int | None) -> Any:
+    def _build_train_loader(self, cfg: CfgNode, model: nn.Module) -> Any:
         node = self.lazy.dataloader.train
         if node._target_ is not build_detection_train_loader or node.get("sampler") is not None:
             return instantiate(node)

@@ -96,7 +96,7 @@ def train(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer, *, resume: 
         FileNotFoundError, KeyError, ValueError: config or data cannot be trained on; of the teacher
             and the student, before either is trained.
     """
-    check_before_training(cfg, trainer)
+    check_before_training(cfg, trainer, resume=resume)
     return _train(cfg, trainer, resume=resume)
 
 

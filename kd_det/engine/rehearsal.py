@@ -17,13 +17,15 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import student_cfg
 from kd_det.data import register_from_config
 from kd_det.data.dataset_checks import check_datasets
 from kd_det.data.test_set_checks import check_classes_tested, check_objects, check_test_files
-from kd_det.engine.auto_teacher import absent_teacher
+from kd_det.distillation.teacher import teacher_weights
+from kd_det.engine.auto_teacher import absent_teacher, expect_own_folder, what_lacks
 from kd_det.engine.trainer import DistillationTrainer
 
 _logger = logging.getLogger("kd_det.engine")
@@ -54,7 +56,7 @@ def prepare(cfg: CfgNode) -> None:
     cfg.freeze()
 
 
-def check_before_training(cfg: CfgNode, trainer: TrainerClass) -> None:
+def check_before_training(cfg: CfgNode, trainer: TrainerClass, *, resume: bool = False) -> None:
     """
     Find what would stop a run later: with its teacher absent, everything; else, its test sets.
 
@@ -63,16 +65,35 @@ def check_before_training(cfg: CfgNode, trainer: TrainerClass) -> None:
     Args:
         cfg: full config, prepared.
         trainer: as for the run.
+        resume: the run is to go on, which takes the teacher that it had.
 
     Raises:
         FileNotFoundError, KeyError, ValueError, ...: whatever the run itself would raise.
     """
+    expect_own_folder(cfg)
+    own_cfg = absent_teacher(cfg)
+    if resume and own_cfg is not None:
+        _expect_no_lesson(cfg, teacher_weights(cfg, own_cfg))
     with _without_trace(), tempfile.TemporaryDirectory(dir=cfg.OUTPUT_DIR) as folder:
-        if absent_teacher(cfg) is None:
+        if own_cfg is None:
             _check_data(_in_folder(cfg, folder), trainer)
         else:
             _logger.warning("Checking the configs and data of teacher and student.")
             _rehearse_all(cfg, trainer, folder)
+
+
+def _expect_no_lesson(cfg: CfgNode, weights: str) -> None:
+    """Refuse to go on with a run whose teacher is gone: one that is trained anew is another."""
+    checkpoint, content = KDCheckpointer(nn.Module(), cfg.OUTPUT_DIR).last_content()
+    taught = content.get("kd", {}).get("teacher")
+    if taught:
+        raise ValueError(
+            f"The run to resume from {checkpoint} was taught by {taught['weights']} (sha256 "
+            f"{taught['sha256'][:12]}), but {weights} {what_lacks(weights)}. Put that file back; "
+            f"or train the teacher again (train_net.py --config-file {cfg.KD.TEACHER.CONFIG_FILE}) "
+            "where its run repeats itself bit for bit; or start afresh with MODEL.WEIGHTS set to "
+            "the checkpoint."
+        )
 
 
 def rehearse_run(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer) -> None:
@@ -93,6 +114,7 @@ def rehearse_run(cfg: CfgNode, trainer: TrainerClass = DistillationTrainer) -> N
 
 def _rehearse_all(cfg: CfgNode, trainer: TrainerClass, folder: str) -> str:
     """Rehearse a run after those of absent teachers; return stand-in weights of its model."""
+    expect_own_folder(cfg)
     own_cfg, teacher = absent_teacher(cfg), ""
     if own_cfg is not None:
         prepare(own_cfg)

@@ -26,7 +26,7 @@ from kd_det.checkpoint import KDCheckpointer, student_of
 from kd_det.config import student_cfg
 from kd_det.data import CheckedDatasetMapper
 from kd_det.data.dataset_checks import check_proposals
-from kd_det.data.loading import check_classes, load_training_set
+from kd_det.data.loading import check_boxes, check_classes, load_training_set
 from kd_det.distillation import DistillationDetector
 from kd_det.distillation.classes import class_count
 from kd_det.engine.ending import StopWhenAsked
@@ -100,7 +100,7 @@ class DistillationTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self._sampler: ResumableSampler | None = None
-        loader = self._build_train_loader(cfg, class_count(student_of(model)))
+        loader = self._build_train_loader(cfg, model)
         self._trainer = TrainingLoop(
             distribute(model),
             loader,
@@ -147,11 +147,14 @@ class DistillationTrainer(DefaultTrainer):
         adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
         return adamw(parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
-    def _build_train_loader(self, cfg: CfgNode, classes: int | None) -> Any:
-        dataset = load_training_set(cfg)
+    def _build_train_loader(self, cfg: CfgNode, model: nn.Module) -> Any:
+        dataset, classes = load_training_set(cfg), class_count(student_of(model))
         if classes is not None:
-            model = student_cfg(cfg).MODEL.META_ARCHITECTURE
-            check_classes(dataset, cfg.DATASETS.TRAIN, model=model, num_classes=classes)
+            kind = student_cfg(cfg).MODEL.META_ARCHITECTURE
+            check_classes(dataset, cfg.DATASETS.TRAIN, model=kind, num_classes=classes)
+        for name, active in getattr(model, "active", {}).items():
+            if active.distiller.needs_boxes:
+                check_boxes(dataset, cfg.DATASETS.TRAIN, name)
         if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
             self._sampler = ResumableSampler.like_stock(cfg, dataset)
         return build_detection_train_loader(

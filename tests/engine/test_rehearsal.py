@@ -14,8 +14,9 @@ import torch
 
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import load_config
+from kd_det.engine import trainer as trainer_module
 from kd_det.engine.main import main, prepare
-from kd_det.engine.rehearsal import check_before_training
+from kd_det.engine.rehearsal import check_before_training, rehearse_run
 from kd_det.engine.trainer import DistillationTrainer
 
 
@@ -156,3 +157,54 @@ def test_proposals_have_no_classes(tmp_path: Path) -> None:
     cfg = load_config(str(path), ["MODEL.META_ARCHITECTURE", "ProposalNetwork"])
     prepare(cfg)
     check_before_training(cfg, DistillationTrainer)
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_student_does_not_replace_its_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: bool
+) -> None:
+    """As with two yaml files that both leave OUTPUT_DIR to Detectron2's default."""
+    path = rehearsals.write_pair(tmp_path, {"OUTPUT_DIR": str(tmp_path / "teacher")}, {})
+    if not absent:
+        cfg = load_config(str(tmp_path / "teacher.yaml"))
+        prepare(cfg)
+        KDCheckpointer(DistillationTrainer.build_model(cfg), cfg.OUTPUT_DIR).save("model_final")
+    before = [file.read_bytes() for file in tmp_path.rglob("*.pth")]
+    monkeypatch.setattr(DistillationTrainer, "train", lambda _: pytest.fail("it was trained"))
+    with pytest.raises(ValueError, match=r"is the folder of the teacher's checkpoint .*OUTPUT_DIR"):
+        main(["--config-file", str(path)])
+    with pytest.raises(ValueError, match=r"is the folder of the teacher's checkpoint"):
+        rehearse_run(load_config(str(path)))
+    assert [file.read_bytes() for file in tmp_path.rglob("*.pth")] == before
+
+
+def test_a_run_whose_teacher_is_gone_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = rehearsals.write_pair(tmp_path, {"SOLVER.MAX_ITER": 1}, {"SOLVER.MAX_ITER": 1})
+    main(["--config-file", str(path)])
+    weights = tmp_path / "teacher" / "model_final.pth"
+    content = weights.read_bytes()
+    weights.unlink()
+    arguments = ["--config-file", str(path), "--resume", "SOLVER.MAX_ITER", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "train", lambda _: pytest.fail("it was trained"))
+        with pytest.raises(ValueError, match=r"was taught by .*model_final\.pth is not there yet"):
+            main(arguments)
+    weights.write_bytes(content)
+    main(arguments)
+
+
+def test_a_distiller_that_needs_boxes_is_refused_data_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = rehearsals.write_pair(tmp_path, {"KD.DISTILLERS": ["PGD"]}, {})
+    load = trainer_module.load_training_set
+
+    def without(cfg: Any) -> list[dict[str, Any]]:
+        return [{k: v for k, v in record.items() if k != "annotations"} for record in load(cfg)]
+
+    monkeypatch.setattr(trainer_module, "load_training_set", without)
+    monkeypatch.setattr(DistillationTrainer, "train", lambda _: pytest.fail("it was trained"))
+    with pytest.raises(ValueError, match=r"PGD needs boxes, but DATASETS\.TRAIN .* \(e\.g\. .*png"):
+        main(["--config-file", str(path)])
