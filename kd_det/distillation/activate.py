@@ -98,6 +98,8 @@ def activate(
                 item, adapters[item.spec.name] = _pair(item, own, other, distiller, resample)
                 rows += [[name, *row] for row in _rows(item, adapters[item.spec.name], own, other)]
                 shapes[item.spec.name] = _shapes(item, other)
+            elif item.decode_teacher is not None and item.student is None:
+                shapes[item.spec.name] = _predicted(item, other)
             elif item.decode_student is not None:
                 item = _pair_predictions(item, own, other, distiller)
                 _tell_of_other_scores(name, distiller, student, teacher.model)
@@ -231,6 +233,16 @@ def _shapes(item: ResolvedCapture, other: Probe) -> list[LevelShape]:
     assert item.teacher is not None
     levels = other.levels(item.teacher)
     return [LevelShape(x.name, x.stride, levels[x.teacher].channels) for x in item.pairs]
+
+
+def _predicted(item: ResolvedCapture, other: Probe) -> list[LevelShape]:
+    """Return the levels at which the teacher predicts."""
+    assert item.teacher is not None and item.decode_teacher is not None
+    found = other.predictions(item.teacher, item.decode_teacher)
+    return [
+        LevelShape(f"stride {stride:g}", stride, logits.shape[-1])
+        for stride, logits in zip(found.strides, found.logits, strict=True)
+    ]
 
 
 def _pair(

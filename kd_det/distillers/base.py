@@ -250,7 +250,7 @@ class Distiller(nn.Module):
         drawn from is restored afterwards.
 
         Args:
-            levels: per "pyramid" capture, its pairs; the levels of one of the teacher alone.
+            levels: per "pyramid" capture, its pairs; of what is the teacher's alone, its levels.
             modules: per "module" capture, the teacher's module.
 
         Raises:

@@ -16,7 +16,7 @@ teacher guides a student whose head has no towers. To compare with, FOREGROUND "
 put masks of the boxes alone, 0 or 1, in place of I.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -29,12 +29,14 @@ from kd_det.distillers.base import (
     AdapterMode,
     CaptureSpec,
     Distiller,
+    LevelShape,
     Pair,
     Step,
     Targets,
+    TeacherModule,
 )
 from kd_det.distillers.checks import expect_choice, expect_number
-from kd_det.distillers.pgd_masks import Masks, on_grid, pad_boxes
+from kd_det.distillers.pgd_masks import Masks, nearest_level, on_grid, pad_boxes
 from kd_det.distillers.predictions import DensePredictions
 from kd_det.functional.gaussian_importance import Gate, ImportanceOptions, importance_maps
 from kd_det.functional.level_grid import (
@@ -185,6 +187,18 @@ class PGD(Distiller):
             specs.append(CaptureSpec("reg", self.reg_path, self.reg_path))
         return [*specs, CaptureSpec("predictions", None, "head", "predictions")]
 
+    def build(
+        self,
+        levels: Mapping[str, Sequence[LevelShape]],
+        modules: Mapping[str, TeacherModule],
+    ) -> None:
+        """Check that every level has a weight, and the teacher's predictions at its stride."""
+        self._expect_weights(len(levels["cls"]))
+        strides = [level.stride for level in levels["predictions"]]
+        for part in levels.keys() - {"predictions"}:
+            for level in levels[part]:
+                nearest_level(level.name, level.stride, strides)
+
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return the losses "cls" and, with a regression tower, "reg", summed over levels."""
         predictions = step.teacher["predictions"]
@@ -236,12 +250,15 @@ class PGD(Distiller):
             background &= ~to_device(positions_in_boxes(grids, ignored, some), device)
         return Masks(*(split_levels(x, grids) for x in (cls, reg, background, valid)))
 
-    def _classification(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:
-        if len(pairs) > len(self.level_weights):
+    def _expect_weights(self, levels: int) -> None:
+        if levels > len(self.level_weights):
             raise ValueError(
-                f"KD.PGD.LEVEL_WEIGHTS has {len(self.level_weights)} entries, but {len(pairs)} "
+                f"KD.PGD.LEVEL_WEIGHTS has {len(self.level_weights)} entries, but {levels} "
                 "levels are paired; give one per level."
             )
+
+    def _classification(self, pairs: list[Pair], masks: Masks, strides: list[float]) -> Tensor:
+        self._expect_weights(len(pairs))
         losses = []
         for pair, level_weight in zip(pairs, self.level_weights, strict=False):
             terms = classification_terms(

@@ -36,19 +36,35 @@ def pad_boxes(boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
     return padded, torch.arange(padded.shape[1]) < counts[:, None]
 
 
+def nearest_level(name: str, stride: float, strides: Sequence[float]) -> int:
+    """
+    Return which of the teacher's levels is nearest to a pair's.
+
+    Args:
+        name: of the pair, for the message.
+        stride: of the pair.
+        strides: at which the teacher predicts.
+
+    Raises:
+        ValueError: none is within half an octave.
+    """
+    gaps = [abs(math.log2(stride / other)) for other in strides]
+    level = min(range(len(gaps)), key=gaps.__getitem__)
+    if gaps[level] > 0.5:
+        raise ValueError(
+            f"KD.PGD: the levels {name} have stride {stride:g}, but the teacher predicts "
+            f"at strides {', '.join(f'{other:g}' for other in strides)} only."
+        )
+    return level
+
+
 def on_grid(masks: list[Tensor], pair: Pair, strides: Sequence[float]) -> Tensor:
     """
     Read a mask, given per teacher level, at the cells of a pair: (N, H, W) of the pair's maps.
 
     A resampled pair reads the teacher's cell in which the centre of its own cell lies.
     """
-    gaps = [abs(math.log2(pair.stride / stride)) for stride in strides]
-    level = min(range(len(gaps)), key=gaps.__getitem__)
-    if gaps[level] > 0.5:
-        raise ValueError(
-            f"KD.PGD: the levels {pair.name} have stride {pair.stride:g}, but the teacher predicts "
-            f"at strides {', '.join(f'{stride:g}' for stride in strides)} only."
-        )
+    level = nearest_level(pair.name, pair.stride, strides)
     mask = masks[level]
     height, width = pair.student.shape[-2:]
     if same_stride(pair.stride, strides[level]):

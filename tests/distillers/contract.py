@@ -282,7 +282,7 @@ class DistillerContract:
                 for i, stride in zip((3, 4), STRIDES, strict=True)
             ]
             for spec in distiller.captures()
-            if spec.kind == "pyramid"
+            if spec.kind == "pyramid" or (spec.kind == "predictions" and spec.student is None)
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)  # of the distiller's own modules

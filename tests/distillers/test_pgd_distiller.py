@@ -23,7 +23,7 @@ from detectron2.modeling import build_model
 from tiny_runs import TinyTeacher
 from torch import Tensor
 
-from kd_det.distillers import PGD, Pair, Step
+from kd_det.distillers import PGD, LevelShape, Pair, Step
 from kd_det.functional.gaussian_importance import ImportanceOptions, importance_maps
 from kd_det.functional.level_grid import Grid, positions_in_boxes, positions_in_images
 from kd_det.functional.pgd import classification_terms, regression_terms
@@ -179,6 +179,16 @@ def test_level_weights_scale_the_features_of_their_level(scene: Scene) -> None:
 def test_too_few_level_weights(scene: Scene) -> None:
     with pytest.raises(ValueError, match=r"LEVEL_WEIGHTS has 1 entries, but 2 levels are paired"):
         PGD(level_weights=(1.0,))(scene.step())
+
+
+def test_level_weights_and_strides_are_checked_when_the_model_is_built() -> None:
+    levels = [LevelShape(f"p{i}", 2.0**i, 8) for i in (3, 4, 5)]
+    built = {"cls": levels, "reg": levels, "predictions": levels}
+    PGD(level_weights=(1.0, 1.0, 1.0)).build(built, {})
+    with pytest.raises(ValueError, match=r"LEVEL_WEIGHTS has 2 entries, but 3 levels are paired"):
+        PGD(level_weights=(1.0, 1.0)).build(built, {})
+    with pytest.raises(ValueError, match=r"levels p3 have stride 8, but .* strides 16, 32 only"):
+        PGD().build({**built, "predictions": levels[1:]}, {})
 
 
 def test_coupled_head_has_the_classification_part_alone(scene: Scene) -> None:
