@@ -1,7 +1,7 @@
 """One entry of KD.DISTILLERS at work: the distiller, its weight, captures, pairs and adapters."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -179,7 +179,8 @@ class ActiveDistiller(nn.Module):
         calibrating = self.auto is not None and self.auto.calibrating
         watched = watch.is_due(iteration) or watch.is_new(self.slug)
         found = None
-        if calibrating or (watched and any(x.requires_grad for x in step.features)):
+        self._expect_gradient(step.features)
+        if calibrating or (watched and torch.is_grad_enabled()):
             found = pull(torch.stack(list(parts.values())).sum(), detection, step.features)
         if self.auto is not None and calibrating and found is not None:
             norms = {"its": found.distiller, "the detection losses'": found.detection}
@@ -189,6 +190,15 @@ class ActiveDistiller(nn.Module):
         if found is not None and watched:
             self._log(found, weight, watch)
         return weight
+
+    def _expect_gradient(self, features: Sequence[Tensor]) -> None:
+        if torch.is_grad_enabled() and not any(x.requires_grad for x in features):
+            paths = sorted({item.spec.student for item in self.captures if item.spec.student})
+            raise ValueError(
+                f"{self.name}: what it captures of the student ({', '.join(paths) or 'nothing'}) "
+                "carries no gradient, so the distiller cannot move it; capture something that "
+                "trains, or let what it captures train (MODEL.BACKBONE.FREEZE_AT)."
+            )
 
     def _log(self, found: Pull, weight: float, watch: ShareWatch) -> None:
         ratio, cosine = torch.stack([found.ratio, found.cosine]).tolist()

@@ -146,7 +146,8 @@ class AutoWeight:
 
     def rests(self) -> bool:
         """Count an active iteration; return whether the distiller still rests in it."""
-        if self._rested >= self.start:
+        # Once measured it goes on, though a run that was made longer meanwhile would rest longer.
+        if self._rested >= self.start or self._logs or self._frozen is not None:
             return False
         self._rested += 1
         return True

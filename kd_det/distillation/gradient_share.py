@@ -86,7 +86,7 @@ def pull(distilled: Tensor, detection: Tensor, features: Sequence[Tensor]) -> Pu
     if not inputs or not distilled.requires_grad:
         raise ValueError(
             "what is captured of the student carries no gradient, so the distiller cannot move it; "
-            "capture something that trains, or set its WEIGHT."
+            "capture something that trains."
         )
     own = _gradients(distilled, inputs)
     # Only what the loss depends on: a level that it leaves out must not count as detection's.
@@ -147,10 +147,11 @@ class ShareWatch:
             wanted: the SHARE of a weight that sets itself. Its pull begins there and fades, so that
                 only one far above what was wanted is extreme.
         """
+        at_once = self.is_new(name) and share > 0
+        # Counted in any case: processes must agree on which steps are measured.
+        self._steps[name] = self._steps.get(name, 0) + 1
         if not math.isfinite(share):
             return
-        at_once = self.is_new(name) and share > 0
-        self._steps[name] = self._steps.get(name, 0) + 1
         low, high = (LOW, HIGH) if wanted is None else (0.0, HIGH * max(1.0, wanted))
         extreme = not low <= share <= high
         self._streak[name] = self._streak.get(name, 0) + 1 if extreme else 0

@@ -116,6 +116,16 @@ class TestCourse:
         assert not auto.calibrating
         assert auto.weight == pytest.approx(0.5)
 
+    def test_once_measured_it_does_not_rest_again(self) -> None:
+        """A run of 1,000 iterations rests for 10, the same one made longer for 500."""
+        short, long = AutoWeight("x", 1.0, start=1, steps=2), AutoWeight("x", 1.0, start=9, steps=2)
+        assert short.rests() and not short.rests()
+        for value, calibrating in ((2.0, True), (2.0, False)):
+            short.measure(ratio(value))
+            long.load_state_dict(short.state_dict())
+            assert long.calibrating == calibrating
+            assert not long.rests() and long.weight == pytest.approx(0.5)
+
     def test_steps_without_a_gradient_do_not_count(self) -> None:
         auto = AutoWeight("x", 1.0, steps=2)
         for value in (0.0, math.nan, math.inf, 2.0, 0.0):
@@ -408,18 +418,25 @@ class TestInARun:
         again = distill(model.student, model.teacher, [SSIM(), PKD(), MGD()], max_iter=9)
         assert {name: x.auto.share for name, x in again.active.items()} == found
 
+    @pytest.mark.parametrize("weight", [None, 2.0])
     def test_what_cannot_be_moved_is_refused_at_the_first_step(
         self,
         tiny_student: Student,
         tiny_teacher: MakeTeacher,
         tiny_records: list[dict[str, Any]],
+        weight: float | None,
     ) -> None:
         keys = self.keys(**{"KD.FEATURE_LP.STUDENT_CAPTURE": "backbone.bottom_up"})
+        keys["KD.FEATURE_LP.WEIGHT"] = weight
         keys["KD.FEATURE_LP.TEACHER_CAPTURE"] = "backbone.bottom_up"
         cfg = tiny_student("fcos", tiny_teacher("fcos"), keys)
         model = build_model(cfg)
         model.student.backbone.bottom_up.requires_grad_(False)
-        with pytest.raises(ValueError, match=r"carries no gradient, so the distiller cannot move"):
+        message = (
+            r"^FeatureLp: .*student \(backbone\.bottom_up\) carries no gradient, so the distiller "
+            r"cannot move"
+        )
+        with pytest.raises(ValueError, match=message):
             tiny_runs.losses_at(model, tiny_runs.batch_of(cfg, tiny_records), 0)
 
     def test_bfloat16_gives_nearly_the_same_weight(

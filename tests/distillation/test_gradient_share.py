@@ -78,6 +78,20 @@ def test_the_first_steps_are_all_watched() -> None:
     assert not ShareWatch(0).is_new("x")
 
 
+@pytest.mark.parametrize("share", [math.nan, math.inf])
+def test_what_could_not_be_measured_counts_as_a_step(share: float) -> None:
+    """
+    It is one process's own; whether a step is measured must be the same in all.
+
+    Measuring runs the backward pass of what lies behind the captures, SyncBN's exchange included.
+    """
+    watch = ShareWatch(200)
+    for _ in range(FIRST):
+        assert watch.is_new("x")
+        watch.hear("x", share)
+    assert not watch.is_new("x")
+
+
 def messages_of(values: list[float], caplog: pytest.LogCaptureFixture) -> list[str]:
     watch = ShareWatch(1)
     with caplog.at_level(logging.WARNING):
