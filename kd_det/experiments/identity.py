@@ -61,7 +61,8 @@ def ready_made_identity(own_cfg: CfgNode, weights: str) -> str:
         own_cfg: its config.
         weights: of KD.TEACHER.WEIGHTS.
     """
-    read = digest_of(weights) if os.path.isfile(weights) else weights
+    files = weights, own_cfg.MODEL.TIMM.WEIGHTS
+    read = " ".join(digest_of(file) if os.path.isfile(file) else file for file in files)
     return hashlib.sha256(f"{own_cfg.MODEL.dump()} {read}".encode()).hexdigest()
 
 

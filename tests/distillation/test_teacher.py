@@ -408,10 +408,11 @@ class TestClasses:
 
 
 def test_which_teacher_has_the_students_net() -> None:
-    def model(depth: int, pyramid: bool = True) -> nn.Module:
+    def model(depth: int, pyramid: bool = True, norm: str = "BN", freeze: int = 0) -> nn.Module:
         out = nn.Module()
-        stages = ResNet.make_default_stages(depth)
-        out.backbone = ResNet(BasicStem(), stages, out_features=["res3", "res4"])
+        stages = ResNet.make_default_stages(depth, norm=norm)
+        out.backbone = ResNet(BasicStem(norm=norm), stages, out_features=["res3", "res4"])
+        out.backbone.freeze(freeze)
         if pyramid:
             out.backbone = FPN(out.backbone, ["res3", "res4"], 16)
         return out
@@ -422,3 +423,8 @@ def test_which_teacher_has_the_students_net() -> None:
     assert not has_net_of(r50, model(18))
     assert has_net_of(model(50, pyramid=False), r101)
     assert not has_net_of(nn.Linear(1, 1), r101)
+    # A frozen norm, or one that Detectron2 freezes with its stage, is the same net's.
+    frozen = model(50, norm="FrozenBN")
+    assert has_net_of(r50, frozen) and has_net_of(frozen, r50)
+    assert has_net_of(r50, model(50, freeze=3)) and has_net_of(model(50, freeze=3), r101)
+    assert not has_net_of(r50, model(50, norm=""))

@@ -39,6 +39,16 @@ def test_it_is_not_trained_and_another_makes_another_run(tmp_path: Path) -> None
     assert runs[0] != runs[1]
 
 
+def test_other_weights_of_its_own_make_another_run(tmp_path: Path) -> None:
+    recipe = write(tmp_path, teacher=str(SHAPES2 / "teacher.yaml"))
+    weights, runs = tmp_path / "w.pth", []
+    (tmp_path / "vit.yaml").write_text(VIT % f"vit_tiny_patch16_224, WEIGHTS: {weights}")
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        runs.append(make_plan(read_recipe(recipe), tmp_path / "out").students["vit", 0].folder)
+    assert runs[0] != runs[1]
+
+
 def test_students_are_measured_by_a_detector(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"vit\.yaml is no detector.*arms may learn"):
         make_plan(read_recipe(write(tmp_path, teacher="vit.yaml")), tmp_path / "out")
