@@ -18,9 +18,8 @@ import kd_det.zoo as zoo
 from kd_det.config.commented import commented_yaml
 from kd_det.config.own_data import OwnData
 from kd_det.config.reading import load_config
-from kd_det.config.roles import is_distillation, starts_trained
-from kd_det.distillers import DISTILLER_REGISTRY, distiller_class, node_name
-from kd_det.distillers.shares import share_of
+from kd_det.config.roles import is_distillation
+from kd_det.distillers import DISTILLER_REGISTRY
 from kd_det.files import write_text
 from kd_det.text import nearest
 
@@ -38,12 +37,11 @@ _COMMENTS = {
     "KD.STUDENT.META_ARCHITECTURE": "what the student's config names",
     "KD.TEACHER.CONFIG_FILE": "the config that the teacher was trained with",
     "KD.TEACHER.OPTS": "the absent teacher is trained on the same data",
-    "KD.DISTILLERS": "what is compared; several add up",
+    "KD.DISTILLERS": "what is compared; several add up; each weighs itself, if it has no WEIGHT",
     "KD.DATASETS": "own data in COCO format",
     "OUTPUT_DIR": "checkpoints (the student's alone), metrics.json, log.txt",
 }
 _AUTO = "the final checkpoint in the teacher's OUTPUT_DIR; trained first, if absent"
-_SHARE = "its pull over that of the detection losses at first; a WEIGHT instead would be fixed"
 
 
 def write_distillation(
@@ -145,7 +143,6 @@ def _settings(
         "KD.TEACHER.CONFIG_FILE": _path(config_file, out),
         "KD.TEACHER.WEIGHTS": weights,
         "KD.DISTILLERS": distillers,
-        **_strengths(distillers, cfg, overrides),
     }
     if data is not None:
         absent = not os.path.isfile(os.path.join(own_cfg.OUTPUT_DIR, "model_final.pth"))
@@ -167,27 +164,6 @@ def _teacher_files(teacher: str) -> tuple[str, str]:
         "kd_det and not with an installed package. Give that file as --teacher, and at the end "
         f"KD.TEACHER.WEIGHTS {entry.address}."
     )
-
-
-def _strengths(
-    distillers: Sequence[str], cfg: CfgNode, overrides: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return how hard each distiller pulls: as overridden, or as the student's config says."""
-    found = {}
-    for name in distillers:
-        node, method = cfg.KD.get(node_name(name)), distiller_class(name)
-        if node is None:  # a label that the student's config does not know
-            node = CfgNode()
-            method.add_config(node)
-        weight = overrides.get(f"KD.{node_name(name)}.WEIGHT", node.WEIGHT)
-        trained = starts_trained(cfg)
-        if weight is not None:
-            found[f"KD.{node_name(name)}.WEIGHT"] = weight
-        elif node.SHARE is not None or not trained or method.share_of_kin is None:
-            share = share_of(method, node, trained=trained, kin=False)
-            found[f"KD.{node_name(name)}.SHARE"] = share
-        # else the teacher's net decides, which is not built here
-    return found
 
 
 def _data_keys(data: OwnData, out: Path, *, with_teacher: bool) -> dict[str, Any]:
@@ -269,6 +245,5 @@ def _header(subject: str, distillers: Sequence[str], file: Path, command: str) -
 
 def _comments(flat: Mapping[str, Any]) -> dict[str, str]:
     """Return what stands beside the keys."""
-    shares = {key: _SHARE for key in flat if key.startswith("KD.") and key.endswith(".SHARE")}
     auto = {"KD.TEACHER.WEIGHTS": _AUTO} if flat["KD.TEACHER.WEIGHTS"] == "auto" else {}
-    return {**_COMMENTS, **shares, **auto}
+    return {**_COMMENTS, **auto}

@@ -67,7 +67,7 @@ def _summary(curves: Sequence[Curve]) -> dict[str, Any]:
 def extremes(arms: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line for every distiller that commands its student at first, or sleeps."""
     found = [
-        (arm["label"], name, pull["share"]["first"])
+        (arm["label"], name, _strongest(pull))
         for arm in arms
         for name, pull in (arm.get("pull") or {}).items()
         if "share" in pull
@@ -80,6 +80,16 @@ def extremes(arms: Sequence[Mapping[str, Any]]) -> list[str]:
         for label, name, share in found
         if not LOW <= share <= 1.1 * HIGH
     ]
+
+
+def _strongest(pull: Mapping[str, Any]) -> float:
+    """Return the share at the start: of a weight that is warmed up, when it has risen."""
+    weights = pull.get("weight", {}).get("curve", [])
+    shares = pull["share"].get("curve", [])
+    top = max((weight for _, weight in weights), default=0.0)
+    risen = next((iteration for iteration, weight in weights if weight >= 0.99 * top), 0)
+    after = (share for iteration, share in shares if iteration >= risen)
+    return float(next(after, pull["share"]["first"]))
 
 
 def rows(arms: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -177,6 +177,18 @@ def test_a_teacher_of_the_zoo_brings_its_config(project: Path) -> None:
     assert "SHARE" not in file.read_text()
 
 
+def test_a_weight_that_sets_itself_is_left_to_the_run(project: Path) -> None:
+    """Its share depends on how the student starts, which overrides may change."""
+    opts = ["KD.INHERIT", "['*']", *WEIGHTS]
+    file = write_distillation(
+        teacher="teacher.yaml", student="student.yaml", methods="ssim,pgd", out=Path("o"),
+        opts=opts, command="",
+    )  # fmt: skip
+    cfg = load_config(str(file))
+    assert cfg.KD.SSIM.SHARE is None and cfg.KD.PGD.SHARE is None
+    assert "SHARE" not in file.read_text()
+
+
 def test_a_student_that_is_wrapped_already_keeps_its_view(project: Path) -> None:
     text = "_BASE_: student.yaml\nMODEL: {META_ARCHITECTURE: DistillationDetector}\n"
     text += "KD: {STUDENT: {META_ARCHITECTURE: RetinaNet, VIEW_FACTOR: 2.0}, SSIM: {WEIGHT: 4.0}}\n"

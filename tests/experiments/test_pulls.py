@@ -80,6 +80,19 @@ def test_arms_of_one_colour_differ_by_their_lines(tmp_path: Path) -> None:
     assert len(looks) == 3
 
 
+def test_a_pull_that_is_warmed_up_is_judged_when_it_has_risen(tmp_path: Path) -> None:
+    """A share of 6 at the full weight is a share of 0.12 at a fiftieth of it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lines = [
+        {"iteration": i, "kd/l1/grad_share": 0.12 * weight, "kd/l1/weight": weight}
+        for i, weight in ((9, 1.0), (250, 25.0), (499, 50.0), (999, 50.0))
+    ]
+    (folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+    (line,) = extremes([{"label": "a", "pull": summarize([folder])}])
+    assert "at first l1 pulls 6 times" in line and "too hard" in line
+
+
 def test_an_extreme_pull_is_told_with_its_remedy() -> None:
     def arm(label: str, **first: float) -> dict[str, Any]:
         pull = {name: {"share": {"first": share}} for name, share in first.items()}
