@@ -1,13 +1,17 @@
-"""What a run's outcome depends on beside its config: files, as digests, and defaults of methods."""
+"""What a run's outcome depends on beside its config: files and code, as digests, and defaults."""
 
 import functools
 import hashlib
+import importlib
+import json
 import os
+import sys
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from kd_det.config import changed_settings
 from kd_det.data import register_from_config
 from kd_det.data.annotation_file import read_annotation_file
 from kd_det.distillers import DISTILLER_REGISTRY, distiller_class, node_name
@@ -53,6 +57,28 @@ def share_identity(cfg: CfgNode) -> dict[str, str]:
     return found
 
 
+def plugin_identity(cfg: CfgNode) -> dict[str, str]:
+    """
+    Return digests of the modules that KD.PLUGINS names, by entry.
+
+    A digest covers the module's file; of one inside a package, all Python files of that package.
+    """
+    return {f"plugin {entry}": _digest_of_code(entry) for entry in cfg.KD.PLUGINS}
+
+
+def model_identity(own_cfg: CfgNode) -> str:
+    """Return what a teacher's config says of how its weights are read: a digest."""
+    kept = {
+        key: value
+        for key, value in changed_settings(own_cfg).items()
+        if key.startswith(("MODEL.", "KD.STUDENT.")) or key == "INPUT.FORMAT"
+    }
+    # Its weights are another's to say, and its device no matter.
+    for key in ("MODEL.WEIGHTS", "MODEL.DEVICE"):
+        kept.pop(key, None)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
 def ready_made_identity(own_cfg: CfgNode, weights: str) -> str:
     """
     Return what identifies a teacher that brings its weights itself.
@@ -64,6 +90,18 @@ def ready_made_identity(own_cfg: CfgNode, weights: str) -> str:
     files = weights, own_cfg.MODEL.TIMM.WEIGHTS
     read = " ".join(digest_of(file) if os.path.isfile(file) else file for file in files)
     return hashlib.sha256(f"{own_cfg.MODEL.dump()} {read}".encode()).hexdigest()
+
+
+def _digest_of_code(entry: str) -> str:
+    module = importlib.import_module(entry.partition(":")[0])  # is there: the config was read
+    file = Path(str(module.__file__))
+    package = sys.modules.get(module.__package__ or "")
+    regular = package is not None and getattr(package, "__file__", None)
+    files = sorted(file.parent.rglob("*.py")) if regular else [file]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(file.parent)} {digest_of(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _digest_of_set(file: Path, images: Path) -> str:

@@ -3,8 +3,8 @@ From a recipe to the training runs it needs: their folders, their order, their c
 
 A run's folder carries a hash of everything that decides its outcome: the resolved config, digests
 of its data sets, the identity of the teacher and of the checkpoint it starts from, the shares that
-its methods would take, and kd_det's version. So a finished run is recognised, and a changed config,
-annotation or image gets a new folder instead of an old result.
+its methods would take, the code of its plugins, and kd_det's version. So a finished run is
+recognised, and a changed config, annotation or image gets a new folder instead of an old result.
 """
 
 import hashlib
@@ -20,7 +20,13 @@ from kd_det import zoo
 from kd_det.config import changed_settings, load_config, needs_teacher
 from kd_det.distillation.ready_made import is_ready_made
 from kd_det.experiments.digests import digest_of
-from kd_det.experiments.identity import data_identity, ready_made_identity, share_identity
+from kd_det.experiments.identity import (
+    data_identity,
+    model_identity,
+    plugin_identity,
+    ready_made_identity,
+    share_identity,
+)
 from kd_det.experiments.recipe import Arm, Recipe, RecipeError
 
 
@@ -191,6 +197,7 @@ class _Planner:
             "version": kd_det.__version__,
             **self._files_of(cfg, parent),
             **share_identity(cfg),
+            **plugin_identity(cfg),
         }
         if weights != "auto":
             settings += ["MODEL.WEIGHTS", weights]
@@ -199,7 +206,9 @@ class _Planner:
             identities["teacher"] = ready_made_identity(own_cfg, cfg.KD.TEACHER.WEIGHTS)
         elif needs_teacher(cfg):
             teacher, path, identities["teacher"] = self._teacher_of(cfg, owner)
-            settings += ["KD.TEACHER.WEIGHTS", path]
+            # The student's process builds it from its config, as it was trained.
+            own_opts = [*self.recipe.overrides, *map(str, cfg.KD.TEACHER.OPTS)]
+            settings += ["KD.TEACHER.WEIGHTS", path, "KD.TEACHER.OPTS", repr(own_opts)]
             needs.append(teacher)
         if parent is not None:
             settings += ["MODEL.WEIGHTS", str(parent.checkpoint)]
@@ -253,7 +262,8 @@ class _Planner:
         run = self._teacher(Path(node.CONFIG_FILE).resolve(), opts, node.WEIGHTS, source)
         if node.WEIGHTS == "auto":
             return run, str(run.checkpoint), run.folder.name
-        return run, node.WEIGHTS, given
+        own_cfg = self._config(run.config_file, (*self.recipe.overrides, *opts), source)
+        return run, node.WEIGHTS, f"{given} {model_identity(own_cfg)}"
 
     def _check_test_sets(self) -> None:
         first = next(iter(self.test_sets.values()))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kd_det.config import load_config
+from kd_det.distillation.teacher import teacher_config
 from kd_det.distillers import FeatureLp
 from kd_det.experiments import digests
 from kd_det.experiments import plan as plan_module
@@ -166,6 +168,59 @@ def test_given_teacher_weights_are_evaluated_and_not_trained(lab):
     (lab.root / "given.pth").unlink()
     with pytest.raises(RecipeError, match=r"given.pth do not exist"):
         plan_of(lab, path)
+
+
+def test_another_config_of_a_teacher_with_given_weights_makes_other_students(lab):
+    """Its weights are the same; what it sees of an image is not."""
+    lab.write("given.pth", "one")
+    text = (lab.root / "distilled.yaml").read_text()
+    given = "CONFIG_FILE: teacher.yaml, WEIGHTS: given.pth"
+    lab.write("distilled.yaml", text.replace("CONFIG_FILE: teacher.yaml", given))
+    before = folders(plan_of(lab))
+    schedule = "_BASE_: base.yaml\nSOLVER: {MAX_ITER: 9}\n"
+    lab.write("teacher.yaml", schedule)
+    assert folders(plan_of(lab))["l2 seed 0"] == before["l2 seed 0"]
+    lab.write("teacher.yaml", schedule + "INPUT: {FORMAT: RGB}\n")
+    after = folders(plan_of(lab))
+    assert {t for t in before if before[t] != after[t]} == {"teacher", "l2 seed 0", "l2 seed 1"}
+
+
+def test_a_teacher_teaches_with_the_overrides_it_was_trained_with(lab):
+    text = (lab.root / "recipe.yaml").read_text()
+    words = "overrides: [INPUT.FORMAT, RGB, DATASETS.TRAIN, \"('a', 'b')\"]\nseeds"
+    own = "KD: {DISTILLERS: [FeatureLp], TEACHER: {OPTS: [MODEL.RESNETS.DEPTH, 18], "
+    distilled = (lab.root / "distilled.yaml").read_text()
+    lab.write("distilled.yaml", distilled.replace("KD: {DISTILLERS: [FeatureLp], TEACHER: {", own))
+    plan = plan_of(lab, lab.write("more.yaml", text.replace("seeds", words)))
+    run = plan.students["l2", 0]
+    cfg = load_config(str(run.config_file), run.opts)
+    taught = teacher_config(cfg)
+    (trained,) = [run for run in plan.teachers if run in plan.students["l2", 0].needs]
+    alone = load_config(str(trained.config_file), trained.opts)
+    for one in (taught, alone):
+        assert (one.INPUT.FORMAT, one.MODEL.RESNETS.DEPTH) == ("RGB", 18)
+        assert one.DATASETS.TRAIN == ("a", "b")
+
+
+def test_another_code_of_a_plugin_makes_other_runs(lab, monkeypatch):
+    for folder in ("one", "two/inside"):
+        (lab.root / folder).mkdir(parents=True)
+    (lab.root / "two/__init__.py").write_text("")
+    files = {"kd_alone": "one/kd_alone.py", "two.kd_part": "two/kd_part.py"}
+    for file in (*files.values(), "one/beside.py", "two/inside/helper.py"):
+        (lab.root / file).write_text("A = 1\n")
+    for folder in (lab.root, lab.root / "one"):
+        monkeypatch.syspath_prepend(str(folder))
+    text = (lab.root / "distilled.yaml").read_text()
+    lab.write("distilled.yaml", text.replace("KD: {", f"KD: {{PLUGINS: {list(files)}, "))
+    plans = [folders(plan_of(lab))]
+    for file in (*files.values(), "two/inside/helper.py"):
+        (lab.root / file).write_text("A = 2\n")
+        plans.append(folders(plan_of(lab)))
+        changed = {title for title in plans[-1] if plans[-1][title] != plans[-2][title]}
+        assert changed == {"l2 seed 0", "l2 seed 1"}, file
+    (lab.root / "one/beside.py").write_text("A = 2\n")
+    assert folders(plan_of(lab)) == plans[-1]
 
 
 def test_configs_that_cannot_be_compared_are_refused_before_anything_runs(lab):
