@@ -83,22 +83,23 @@ def _check(name: str, cfg: CfgNode) -> Contents:
             f"{nearest(name, DatasetCatalog.list())}. List your own data under KD.DATASETS."
         )
     metadata = MetadataCatalog.get(name)
-    json_file = metadata.get("json_file")
+    json_file, root = metadata.get("json_file"), metadata.get("image_root")
     # A panoptic set's instances stand in a COCO file of their own.
-    if metadata.get("evaluator_type") not in ("coco", "coco_panoptic_seg") or not json_file:
+    kind = metadata.get("evaluator_type")
+    if kind not in ("coco", "coco_panoptic_seg") or not json_file or root is None:
         return _loaded(name)
     if not Path(json_file).is_file():
         DatasetCatalog.get(name)  # draws what is drawn on demand, or says how to get it
     checked = checked_coco(
         name,
         Path(json_file),
-        Path(metadata.image_root),
+        Path(root),
         masks=cfg.MODEL.MASK_ON,
         keypoints=cfg.MODEL.KEYPOINT_ON,
     )
     return Contents(
         images=checked.images,
-        root=str(metadata.image_root),
+        root=str(root),
         classes=checked.classes,
         objects=checked.objects,
     )

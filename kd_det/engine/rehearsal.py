@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils.file_io import PathManager
 from torch import nn
@@ -195,7 +196,12 @@ def _check_data(
         if trains and student_cfg(cfg).MODEL.META_ARCHITECTURE not in _WITHOUT_CLASSES:
             check_classes_tested(cfg, found, of_teacher=of_teacher)
     for name in cfg.DATASETS.TEST:
+        metadata = MetadataCatalog.get(name)
+        converts = not metadata.get("json_file")
         trainer.build_evaluator(cfg, name)
+        if converts and metadata.get("json_file"):
+            # Detectron2's evaluator wrote the set as a COCO file, which goes with this folder.
+            del metadata.json_file
 
 
 def _is_stock(trainer: TrainerClass, method: str) -> bool:

@@ -82,6 +82,9 @@ class COCODetectionEvaluator(COCOEvaluator):
             max_dets_per_image: detections that count for AP, by score; None is COCO's 100.
                 Keypoints always use 20.
             kpt_oks_sigmas: one per keypoint; empty is COCO's 17 of a person.
+
+        Raises:
+            ValueError: an image's id is no whole number; or the backend is unknown.
         """
         self._backend = resolve_backend(backend)
         _ensure_json(dataset_name)
@@ -94,6 +97,13 @@ class COCODetectionEvaluator(COCOEvaluator):
             use_fast_impl=False,
             kpt_oks_sigmas=tuple(kpt_oks_sigmas),
         )
+        text = next((i for i in self._coco_api.imgs if not isinstance(i, int)), None)
+        if text is not None:
+            raise ValueError(
+                f"Data set {dataset_name!r} ({self._metadata.json_file}) has the image id "
+                f"{text!r}; COCO's evaluation wants whole numbers. Number its images, and their "
+                "annotations' image_id alike."
+            )
 
     def _eval_predictions(
         self, predictions: list[dict[str, Any]], img_ids: Sequence[int] | None = None

@@ -14,7 +14,12 @@ import torch
 
 from kd_det.experiments.figure import draw_report
 from kd_det.experiments.finished import read_result
-from kd_det.experiments.ground_truth import GroundTruth, check_test_set, load_ground_truth
+from kd_det.experiments.ground_truth import (
+    GroundTruth,
+    check_ground_truth,
+    check_test_set,
+    load_ground_truth,
+)
 from kd_det.experiments.page.build import html_page
 from kd_det.experiments.pages import markdown
 from kd_det.experiments.plan import Plan, Run, make_plan
@@ -134,7 +139,8 @@ class Comparison:
             The content of report.json.
 
         Raises:
-            RecipeError: from `check_report`; or a run would fail, see `rehearse_runs`.
+            RecipeError: from `check_report`; or a run would fail, see `rehearse_runs`; or the test
+                set cannot be judged on.
             RunFailed: a run failed, or the folder cannot be written or is taken.
             OSError: the report cannot be written.
             KeyboardInterrupt: interrupted or terminated; the runs were ended.
@@ -142,6 +148,7 @@ class Comparison:
         with _claimed(self.out), _terminable():
             self.check_report()  # again: another comparison may have ended here meanwhile
             rehearse_runs([r for r in self.plan.runs if read_result(r) is None], self.out)
+            check_ground_truth(load_ground_truth(self.plan.baseline_cfg))
             self._execute()
             return self._write(command)
 
@@ -154,8 +161,10 @@ class Comparison:
         display = Display()
         try:
             execute(self.plan.runs, jobs, display)
-            # A teacher that had to be done again makes what it taught before stale.
-            if any(read_result(run) is None for run in self.plan.runs):
+            # What had to be done again makes stale what was made from it, and that what follows.
+            for _ in self.plan.runs:
+                if all(read_result(run) is not None for run in self.plan.runs):
+                    break
                 execute(self.plan.runs, jobs, display)
         finally:
             display.close()

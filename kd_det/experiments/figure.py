@@ -9,9 +9,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from PIL import Image, ImageOps
 
 from kd_det.experiments.ground_truth import GroundTruth
 from kd_det.experiments.pages import interval
@@ -172,8 +172,8 @@ def _draw_images(
 def _draw_boxes(
     axes: Axes, file: Path, boxes: Sequence[Mapping[str, Any]], palette: Mapping[int, str]
 ) -> None:
-    pixels = imread(file)
-    axes.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None)
+    with Image.open(file) as image:  # boxes are annotated on the upright image
+        axes.imshow(ImageOps.exif_transpose(image).convert("RGB"))
     axes.set_axis_off()
     for item in boxes:
         x, y, width, height = item["bbox"]

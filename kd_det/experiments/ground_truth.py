@@ -45,6 +45,12 @@ def check_test_set(cfg: CfgNode) -> None:
     kind = MetadataCatalog.get(name).get("evaluator_type")
     if kind != "coco":
         raise RecipeError(f"DATASETS.TEST: {name} is evaluated as {kind}; only coco is compared.")
+    absent = [key for key in ("json_file", "image_root") if not MetadataCatalog.get(name).get(key)]
+    if absent:
+        raise RecipeError(
+            f"DATASETS.TEST: {name} was registered without {' and '.join(absent)}, which a report "
+            "reads; write it as a COCO file and list that under KD.DATASETS."
+        )
 
 
 def load_ground_truth(cfg: CfgNode) -> GroundTruth:
@@ -60,3 +66,23 @@ def load_ground_truth(cfg: CfgNode) -> GroundTruth:
         coco=json.loads(file.read_text(encoding="utf-8")),
         image_root=Path(metadata.image_root),
     )
+
+
+def check_ground_truth(truth: GroundTruth) -> None:
+    """
+    Refuse a test set on which models cannot be compared.
+
+    Raises:
+        RecipeError: it has no annotations, or one image alone.
+    """
+    if not truth.coco.get("annotations"):
+        raise RecipeError(
+            f"DATASETS.TEST: {truth.name} ({truth.json_file}) lists no annotations, so there is no "
+            "AP to compare; annotate it, or take another test set."
+        )
+    count = len(truth.coco["images"])
+    if count < 2:
+        raise RecipeError(
+            f"DATASETS.TEST: {truth.name} ({truth.json_file}) has {count} image; an interval over "
+            "test images takes at least 2, and some hundreds to be narrow."
+        )

@@ -199,7 +199,7 @@ def _overrides(value: Any, file: Path, where: str) -> tuple[str, ...]:
             raise RecipeError(
                 f"{where}: {words[i]} cannot be overridden, use {_RESERVED[words[i]]}."
             )
-        if words[i] in _PATH_KEYS and (file.parent / words[i + 1]).exists():
+        if words[i] in _PATH_KEYS and (file.parent / words[i + 1]).is_file():
             words[i + 1] = str((file.parent / words[i + 1]).resolve())
     return tuple(words)
 
@@ -234,4 +234,10 @@ def _comparisons(value: Any, names: list[str], where: str) -> tuple[tuple[str, s
         raise RecipeError(f"{where}: comparisons must be a list of pairs [a, b], found {value!r}.")
     for name in (name for pair in value for name in pair):
         _check_arm(name, names, f"{where}: comparisons")
+    # Each counts once where many comparisons are corrected for.
+    unordered = [frozenset(pair) for pair in value]
+    for pair, both in zip(value, unordered, strict=True):
+        if len(both) < 2 or unordered.count(both) > 1:
+            what = "given twice" if len(both) > 1 else "of an arm with itself"
+            raise RecipeError(f"{where}: comparisons has the pair {pair}, {what}; take it out.")
     return tuple((a, b) for a, b in value)

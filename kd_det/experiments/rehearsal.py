@@ -12,6 +12,7 @@ from kd_det.data import register_from_config
 from kd_det.engine.rehearsal import rehearse, rehearse_evaluation
 from kd_det.experiments.plan import Run
 from kd_det.experiments.recipe import RecipeError
+from kd_det.text import message_of
 
 
 def rehearse_runs(runs: Sequence[Run], folder: Path) -> None:
@@ -37,9 +38,9 @@ def rehearse_runs(runs: Sequence[Run], folder: Path) -> None:
             try:
                 _rehearse(run, str(Path(scratch, str(number))), stand_ins)
             except Exception as error:  # whatever a config, its data or a plugin raise
-                text = error.args[0] if error.args else error
                 raise RecipeError(
-                    f"{name} ({run.config_file}) would fail with {type(error).__name__}: {text}\n"
+                    f"{name} ({run.config_file}) would fail with {type(error).__name__}: "
+                    f"{message_of(error)}\n"
                     "Nothing was trained."
                 ) from error
 

@@ -79,7 +79,9 @@ def build_report(
         sampled[name] = sample_ap(matches)
         progress(len(sampled), len(runs))
     others = [arm.name for arm in recipe.arms if arm.name != recipe.baseline]
-    pairs = [*((name, recipe.baseline) for name in others), *recipe.comparisons]
+    # Those with the baseline are the arms' own, and count once.
+    further = [pair for pair in recipe.comparisons if recipe.baseline not in pair]
+    pairs = [*((name, recipe.baseline) for name in others), *further]
     differences = [compare_arms(sampled[b], sampled[a]) for a, b in pairs]
     judged = judge(differences, practical=practical)
     deltas = dict(zip(others, judged, strict=False))
@@ -104,7 +106,7 @@ def build_report(
         "arms": arms,
         "comparisons": [
             {"arm": a, "against": b, "delta": delta}
-            for (a, b), delta in zip(recipe.comparisons, judged[len(others) :], strict=True)
+            for (a, b), delta in zip(further, judged[len(others) :], strict=True)
         ],
         "power": power_summary(differences),
         "teacher": teachers[0],

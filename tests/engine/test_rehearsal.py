@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import rehearsals
 import tiny_runs
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import load_config
@@ -157,6 +158,37 @@ def test_proposals_have_no_classes(tmp_path: Path) -> None:
     cfg = load_config(str(path), ["MODEL.META_ARCHITECTURE", "ProposalNetwork"])
     prepare(cfg)
     check_before_training(cfg, DistillationTrainer)
+
+
+@pytest.fixture
+def own_set() -> Iterator[str]:
+    """A test set registered in Detectron2's own way: records and classes, and no COCO file."""
+    name = "registered_by_hand"
+    DatasetCatalog.register(name, lambda: DatasetCatalog.get(tiny_runs.DATA))
+    classes = MetadataCatalog.get(tiny_runs.DATA).thing_classes
+    MetadataCatalog.get(name).set(thing_classes=list(classes), evaluator_type="coco")
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_a_test_set_without_a_coco_file_is_evaluated_after_its_rehearsal(
+    tmp_path: Path,
+    own_set: str,
+    tiny_teacher: Callable[[str], tiny_runs.TinyTeacher],
+    absent: bool,
+) -> None:
+    """Detectron2's evaluator writes that file; the rehearsal's goes with the rehearsal's folder."""
+    tested = {"DATASETS.TEST": [own_set], "SOLVER.MAX_ITER": 1}
+    if absent:
+        path = rehearsals.write_pair(tmp_path, tested, tested)
+    else:
+        keys = {**tiny_runs.distil_keys("fcos", tiny_teacher("fcos")), **tested}
+        path = tiny_runs.write_config(tmp_path / "student.yaml", "fcos", keys)
+    rehearse_run(load_config(str(path)))
+    assert not MetadataCatalog.get(own_set).get("json_file")
+    assert "AP" in main(["--config-file", str(path)])["bbox"]
 
 
 @pytest.mark.parametrize("absent", [True, False])

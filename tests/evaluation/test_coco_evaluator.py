@@ -171,6 +171,20 @@ def test_errors_say_what_to_change(data: Data) -> None:
         data.run(COCODetectionEvaluator(data.name), extras=False)
 
 
+def test_image_ids_that_are_texts_are_refused_before_they_are_needed(tmp_path: Path) -> None:
+    truth = random_truth(np.random.default_rng(0))
+    for entry, key in [(x, "id") for x in truth["images"]] + [
+        (x, "image_id") for x in truth["annotations"]
+    ]:
+        entry[key] = f"{entry[key]}.png"
+    named = Data(tmp_path, truth)
+    try:
+        with pytest.raises(ValueError, match=r"truth\.json\) has the image id '\w+\.png'; .*whole"):
+            COCODetectionEvaluator(named.name, ("bbox",))
+    finally:
+        named.close()
+
+
 def test_auto_is_pycocotools_without_the_fast_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert resolve_backend("auto") == "pycocotools"

@@ -11,7 +11,8 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 # Takes the engine's arguments and leaves what the engine leaves. Behaviour per run comes from
-# RECIPE/fake.json: {"<folder name's start>": {"fail": bool, "shift": pixels, "sleep": seconds}}.
+# RECIPE/fake.json: {"<folder name's start>": {"fail": bool, "shift": pixels, "sleep": seconds,
+# "weights": content}}.
 FAKE_ENGINE = """
 import json, os, sys, time, zipfile
 from pathlib import Path
@@ -53,7 +54,8 @@ found = [
 (out / "inference").mkdir(exist_ok=True)
 (out / "inference" / "coco_instances_results.json").write_text(json.dumps(found))
 with zipfile.ZipFile(out / "model_final.pth", "w") as weights:
-    weights.writestr(zipfile.ZipInfo("data"), out.name)  # the same bytes at any time
+    # The same bytes at any time, unless told otherwise.
+    weights.writestr(zipfile.ZipInfo("data"), plan.get("weights", out.name))
 ap = plan.get("ap", 100.0)
 metrics = {"AP": ap, "AP50": 100.0, "AP75": 100.0, "APs": None, "APm": ap, "APl": ap}
 result = {"metrics": {"bbox": metrics}, "sec_per_step": plan.get("sec_per_step", 0.1),

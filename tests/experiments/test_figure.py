@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
-from kd_det.experiments.figure import _draw_chart
+from kd_det.experiments.figure import _draw_boxes, _draw_chart
 
 REPORT = Path(__file__).parents[2] / "benchmarks/results/weights_inherit_courses/report.json"
 
@@ -25,3 +26,15 @@ def test_headers_stand_close_above_a_chart_of_any_height(inches: float) -> None:
         if text.get_text().startswith(("teacher 66.9", "AP", "gain ["))
     ]
     assert len(tops) == 3 and all(0.1 < top < 0.3 for top in tops)
+
+
+def test_boxes_stand_on_the_upright_photograph(tmp_path: Path) -> None:
+    """A telephone writes it on its side, and how to turn it (EXIF orientation 6)."""
+    file = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (40, 20)).save(file, exif=exif)
+    axes = Figure().add_subplot()
+    _draw_boxes(axes, file, [{"bbox": [1, 2, 10, 30], "category_id": 1}], {1: "red"})
+    (drawn,) = axes.get_images()
+    assert drawn.get_array().shape[:2] == (40, 20)

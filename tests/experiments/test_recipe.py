@@ -29,6 +29,14 @@ def test_overrides_become_command_line_words_and_files_in_them_are_found(lab):
     assert recipe.name == "other" and recipe.seeds == (0,)
 
 
+def test_an_empty_path_and_a_folder_are_no_files_beside_the_recipe(lab):
+    (lab.root / "auto").mkdir()
+    words = "[MODEL.WEIGHTS, '', KD.TEACHER.WEIGHTS, auto]"
+    text = f"teacher: teacher.yaml\nbaseline: a\noverrides: {words}\narms:\n"
+    recipe = read_recipe(lab.write("w.yaml", text + "  - {name: a, config: student.yaml}\n"))
+    assert recipe.overrides == ("MODEL.WEIGHTS", "", "KD.TEACHER.WEIGHTS", "auto")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -45,6 +53,8 @@ def test_overrides_become_command_line_words_and_files_in_them_are_found(lab):
         ("seeds: [0, 1]", "overrides: [SOLVER.MAX_ITER]", "overrides must be a list"),
         ("seeds: [0, 1]", "overrides: [SEED, 3]", "SEED cannot be overridden.*seeds"),
         ("seeds: [0, 1]", "comparisons: [[l2, l3]]", "comparisons: no arm is called l3"),
+        ("seeds: [0, 1]", "comparisons: [[l2, l2]]", r"pair \['l2', 'l2'\], of an arm with itself"),
+        ("seeds: [0, 1]", "comparisons: [[l2, again], [again, l2]]", "pair .* given twice"),
         ("init_from: none", "init_from: nobody", "init_from of again: no arm is called nobody"),
         ("init_from: none", "init_from: again", "init_from goes in a circle"),
         ("arms:", "arms: []\nlegs:", "unknown key legs"),

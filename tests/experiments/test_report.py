@@ -1,6 +1,7 @@
 """The whole of `kd-det compare` on stand-in runs: numbers, pages and figure."""
 
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -82,6 +83,42 @@ def test_report_holds_what_can_be_worked_out_by_hand(lab, capsys):
     assert str(lab.root) not in page + (lab.out / "report.json").read_text()
     with Image.open(lab.out / "report.png") as figure:
         assert figure.width == 1500 and figure.height > 500
+
+
+def test_a_pair_with_the_baseline_counts_once(lab):
+    text = (lab.root / "recipe.yaml").read_text() + "comparisons: [[l2, none], [none, again]]\n"
+    lab.behave({"none": SHIFTED})
+    assert compare_lab(lab, recipe=lab.write("pairs.yaml", text)) == 0
+    report = json.loads((lab.out / "report.json").read_text())
+    assert report["comparisons"] == []
+    assert "for 2 comparisons" in (lab.out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("images", "annotations", "message"),
+    [(4, 0, "lists no annotations"), (1, 3, "has 1 image; an interval .* takes at least 2")],
+)
+def test_a_test_set_that_cannot_be_judged_on_stops_before_anything_runs(
+    lab, capsys, images, annotations, message
+):
+    truth = {**lab.truth, "images": lab.truth["images"][:images]}
+    truth["annotations"] = truth["annotations"][:annotations]
+    (lab.root / "truth.json").write_text(json.dumps(truth))
+    assert compare_lab(lab) == 2
+    assert re.search(message, capsys.readouterr().err) and lab.calls() == []
+
+
+def test_a_teacher_done_again_makes_all_that_follows_afresh(lab):
+    text = (lab.root / "recipe.yaml").read_text().replace("init_from: none", "init_from: l2")
+    recipe = lab.write("chain.yaml", text)
+    assert compare_lab(lab, recipe=recipe) == 0
+    lab.calls()
+    lab.behave({name: {"weights": "trained otherwise"} for name in ("teacher", "l2")})
+    (checkpoint,) = lab.out.glob("teachers/*/model_final.pth")
+    checkpoint.unlink()
+    assert compare_lab(lab, recipe=recipe) == 0
+    names = [call["run"].rsplit("-", 1)[0].partition("-seed")[0] for call in lab.calls()]
+    assert sorted(names) == ["again", "again", "l2", "l2", "teacher"]
 
 
 def test_a_long_comparison_says_how_far_it_is(lab, capsys, monkeypatch):
