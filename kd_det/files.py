@@ -16,12 +16,16 @@ def cache_root() -> Path:
     return Path(os.environ.get("KD_DET_CACHE") or Path.home() / ".cache" / "kd_det")
 
 
+def shipped_root() -> Path:
+    """Return the folder of the configs that ship: inside a wheel's package, or a checkout's."""
+    package = Path(__file__).parent
+    inside = package / "shipped"
+    return inside if inside.is_dir() else package.parent
+
+
 def offer_shipped(path: str | os.PathLike[str]) -> str:
     """Return a sentence for a message where kd_det ships the config that is missing; else ""."""
-    package = Path(__file__).parent
-    inside = package / "shipped"  # of a wheel; a checkout has them at its root
-    root = inside if inside.is_dir() else package.parent
-    parts = Path(path).parts
+    root, parts = shipped_root(), Path(path).parts
     if "configs" not in parts:
         return ""
     tail = parts[len(parts) - 1 - parts[::-1].index("configs") :]

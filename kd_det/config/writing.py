@@ -20,11 +20,10 @@ from kd_det.config.own_data import OwnData
 from kd_det.config.reading import load_config
 from kd_det.config.roles import is_distillation
 from kd_det.distillers import DISTILLER_REGISTRY
-from kd_det.files import write_text
+from kd_det.files import shipped_root, write_text
 from kd_det.text import nearest
 
 FILE_NAME = "distill.yaml"
-_CHECKOUT = Path(__file__).resolve().parents[2]
 # What the command has an option of its own for.
 _RESERVED = {
     "OUTPUT_DIR": "--out",
@@ -156,14 +155,8 @@ def _teacher_files(teacher: str) -> tuple[str, str]:
     if not teacher.startswith(zoo.PREFIX):
         return teacher, "auto"
     entry = zoo.find(teacher)
-    for folder in (Path(), _CHECKOUT):
-        if (folder / entry.config).is_file():
-            return str(folder / entry.config), entry.address
-    raise FileNotFoundError(
-        f"--teacher {teacher} was trained with {entry.config}, which comes with a checkout of "
-        "kd_det and not with an installed package. Give that file as --teacher, and at the end "
-        f"KD.TEACHER.WEIGHTS {entry.address}."
-    )
+    here = Path(entry.config)
+    return str(here if here.is_file() else shipped_root() / here), entry.address
 
 
 def _data_keys(data: OwnData, out: Path, *, with_teacher: bool) -> dict[str, Any]:
@@ -202,8 +195,13 @@ def _decoded(opts: Sequence[str], out: Path) -> dict[str, Any]:
         value = CfgNode._decode_cfg_value(word)
         if key == "KD.TEACHER.WEIGHTS" and value != "auto" and "://" not in str(value):
             value = _path(str(value), out)
-        found[key] = list(value) if isinstance(value, tuple) else value
+        found[key] = _as_lists(value)
     return found
+
+
+def _as_lists(value: Any) -> Any:
+    """Return a value as yaml reads it back: lists for tuples, inside one another too."""
+    return [_as_lists(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 def _path(file: str, folder: Path) -> str:

@@ -177,6 +177,26 @@ def test_a_teacher_of_the_zoo_brings_its_config(project: Path) -> None:
     assert "SHARE" not in file.read_text()
 
 
+def test_tuples_in_tuples_are_read_back_as_the_same(project: Path) -> None:
+    sizes = "((32,), (64,), (128,), (256,), (512,))"
+    for _ in range(2):
+        assert main(words("--dry-run", *WEIGHTS, "MODEL.ANCHOR_GENERATOR.SIZES", sizes)) == 0
+    assert load_config(str(FILE)).MODEL.ANCHOR_GENERATOR.SIZES[1] == [64]
+
+
+def test_a_teacher_of_the_zoo_is_found_in_a_wheel(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has the configs inside the package."""
+    shipped = project / "site-packages" / "kd_det" / "shipped"
+    shipped.mkdir(parents=True)
+    (shipped / "configs").symlink_to(Path(__file__).parents[2] / "configs")
+    monkeypatch.setattr("kd_det.config.writing.shipped_root", lambda: shipped)
+    assert main(words("--dry-run", "--teacher", "kd_det://shapes2/fcos_r18")) == 0
+    config = load_config(str(FILE)).KD.TEACHER.CONFIG_FILE
+    assert config.endswith("shipped/configs/shapes2/teacher.yaml")
+
+
 def test_a_weight_that_sets_itself_is_left_to_the_run(project: Path) -> None:
     """Its share depends on how the student starts, which overrides may change."""
     opts = ["KD.INHERIT", "['*']", *WEIGHTS]
