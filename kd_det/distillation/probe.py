@@ -78,7 +78,9 @@ def probe(model: nn.Module, capture: FeatureCapture, view_factor: float, *, role
     device = next(model.parameters()).device
     channels = next((len(b) for n, b in model.named_buffers() if n.endswith("pixel_mean")), 3)
     divisor = max(1, getattr(model, "size_divisibility", 1))
-    side = math.ceil(_SIDE / divisor) * divisor
+    # A ViTDet pads every image to one square, whatever its size.
+    constraints = getattr(getattr(model, "backbone", None), "padding_constraints", {})
+    side = max(math.ceil(_SIDE / divisor) * divisor, constraints.get("square_size", 0))
     image = torch.zeros(channels, side, side, device=device)
     with _evaluating(model), capture.record() as captures:
         model([{"image": image}])

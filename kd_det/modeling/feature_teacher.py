@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from kd_det.modeling.backbones.packaged_weights import PREFIX, load_packaged_weights
+from kd_det.modeling.backbones.timm_backbone import maps_of
 from kd_det.modeling.registering import register_in
 from kd_det.reading import load_checkpoint
 from kd_det.text import some
@@ -39,20 +40,13 @@ class TimmMaps(nn.Module):
     def __init__(self, body: Any) -> None:
         super().__init__()
         self.body = body
-        info = body.feature_info
-        self._channels = dict(zip(info.reduction(), info.channels(), strict=True))
-        self._order = list(info.reduction())
-        self.strides = sorted(self._channels)
+        self._order = list(body.feature_info.reduction())
+        self.strides = sorted(set(self._order))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Return {"s<stride>": (N, C, H / stride, W / stride)} for images (N, 3, H, W)."""
-        maps = dict(zip(self._order, self.body(x), strict=True))
-        return {f"s{stride}": self._channels_first(maps[stride], stride) for stride in self.strides}
-
-    def _channels_first(self, x: Tensor, stride: int) -> Tensor:
-        # Some of timm's models give (N, H, W, C).
-        channels = self._channels[stride]
-        return x.movedim(-1, 1) if x.shape[1] != channels == x.shape[-1] else x
+        maps = dict(zip(self._order, maps_of(self.body, x), strict=True))
+        return {f"s{stride}": maps[stride] for stride in self.strides}
 
 
 @register_in(META_ARCH_REGISTRY)

@@ -82,6 +82,9 @@ class TestMaps:
 
         found = TimmMaps(body)(torch.zeros(1, 3, 96, 160))
         assert found["s32"].shape == (1, 64, 3, 5)
+        # As many rows as channels: the shape does not say which is which.
+        wide, tall = (TimmMaps(body)(torch.zeros(1, 3, *size)) for size in ((64, 160), (160, 64)))
+        assert wide["s4"].shape == (1, 16, 16, 40) and tall["s4"].shape == (1, 16, 40, 16)
 
     def test_a_model_of_one_size_only_is_refused(self, tmp_path: Path) -> None:
         fixed = "vit_relpos_small_patch16_224"
@@ -144,6 +147,25 @@ class Patches(nn.Module):
 
 def test_the_stride_of_patches_is_exact() -> None:
     model = Patches()
+    found = probe(model, FeatureCapture(model, [CapturePath("conv")]), 1.0, role="teacher")
+    assert [level.stride for level in found.levels(CapturePath("conv"))] == [14.0]
+
+
+class Square(Patches):
+    """As Detectron2's ViTDet, which pads any image to one square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.padding_constraints = {"size_divisiblity": 14, "square_size": 560}  # type: ignore[assignment]
+
+    def forward(self, inputs: list[dict[str, Any]]) -> Tensor:
+        x = inputs[0]["image"]
+        return self.conv(nn.functional.pad(x, (0, 560 - x.shape[-1], 0, 560 - x.shape[-2]))[None])
+
+
+def test_the_stride_of_a_model_that_pads_to_a_square_is_exact() -> None:
+    model = Square()
     found = probe(model, FeatureCapture(model, [CapturePath("conv")]), 1.0, role="teacher")
     assert [level.stride for level in found.levels(CapturePath("conv"))] == [14.0]
 

@@ -100,8 +100,23 @@ class TimmBackbone(Backbone):
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return {level: map (N, C, H / stride, W / stride)} for images (N, in_channels, H, W)."""
-        maps = dict(zip(self._levels, self.body(x), strict=True))
+        maps = dict(zip(self._levels, maps_of(self.body, x), strict=True))
         return {level: maps[level] for level in self._out_features}
+
+
+def maps_of(body: Any, x: torch.Tensor) -> list[torch.Tensor]:
+    """
+    Return a timm model's maps with their channels first, (N, C, H, W).
+
+    Some models (Swin, MambaOut) give (N, H, W, C), and say so.
+
+    Args:
+        body: made with `features_only`.
+        x: images (N, in_channels, H, W).
+    """
+    maps: list[torch.Tensor] = body(x)
+    last = getattr(body, "output_fmt", None) == "NHWC"
+    return [y.movedim(-1, 1) for y in maps] if last else maps
 
 
 def add_backbone_config(cfg: CfgNode) -> None:

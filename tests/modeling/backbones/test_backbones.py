@@ -169,6 +169,13 @@ def test_timm_backbone_under_the_fpn() -> None:
     assert all(key.startswith("body.") for key in backbone.bottom_up.state_dict())
 
 
+def test_timm_backbone_whose_maps_have_their_channels_at_the_end() -> None:
+    words = ["MODEL.FPN.BOTTOM_UP", "timm", "MODEL.TIMM.NAME", "test_mambaout"]
+    backbone = make_backbone(*words, "MODEL.FPN.TOP_BLOCK", "p6_c5")
+    assert_announced_shapes(backbone.bottom_up)
+    assert_announced_shapes(backbone)
+
+
 @pytest.mark.parametrize("freeze_bn", [False, True])
 def test_timm_backbone_freezes_as_told(freeze_bn: bool) -> None:
     """FREEZE_AT 2 stops stem and res2, weights and statistics; FREEZE_BN all statistics."""
