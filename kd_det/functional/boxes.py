@@ -107,7 +107,8 @@ def aligned_giou(boxes: Tensor, others: Tensor, eps: float = 1e-6) -> Tensor:
     intersection, union = _intersection_and_union(boxes, others)
     low = torch.minimum(boxes[..., :2], others[..., :2])
     high = torch.maximum(boxes[..., 2:], others[..., 2:])
-    enclosing = (high - low).prod(dim=-1)
+    sides = high - low
+    enclosing = sides[..., 0] * sides[..., 1]  # the backward pass of prod() synchronises
     penalty = (enclosing - union) / enclosing.clamp(min=eps)
     return intersection / union.clamp(min=eps) - penalty
 

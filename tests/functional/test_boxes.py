@@ -27,6 +27,15 @@ def test_giou_by_hand() -> None:
     torch.testing.assert_close(giou, torch.tensor([1.0, 0.5, -0.5, -0.5]))
 
 
+def test_giou_never_waits_for_the_device() -> None:
+    """The backward pass of `prod`, say, asks for the number of zeros."""
+    boxes = torch.tensor(BOXES, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        aligned_giou(boxes, torch.tensor(OTHERS)).sum().backward()
+    names = {event.name for event in profile.events()}
+    assert "aten::minimum" in names and "aten::item" not in names
+
+
 def test_empty_boxes_have_no_overlap() -> None:
     empty = torch.tensor([[1.0, 1, 1, 1]])
     assert aligned_iou(empty, empty).item() == 0
