@@ -16,7 +16,7 @@ class CheckedDatasetMapper(DatasetMapper):
     Detectron2's `DatasetMapper`, saying which file of which data set cannot be read.
 
     Built like its base: `CheckedDatasetMapper(cfg, is_train=True)`. Crowd annotations, which the
-    base drops, are kept as boxes under "ignored_boxes", (I, 4), where a record has any.
+    base drops, are kept as boxes under "ignored_boxes", (I, 4), beside the "instances".
     """
 
     augmentations: Any
@@ -49,7 +49,7 @@ class CheckedDatasetMapper(DatasetMapper):
             ) from error
         finally:
             self.augmentations = original
-        if crowds and recorder.transforms is not None:
+        if "instances" in mapped and recorder.transforms is not None:
             mapped["ignored_boxes"] = _moved(
                 crowds, recorder.transforms, mapped["image"].shape[-2:]
             )
@@ -81,6 +81,8 @@ def _moved(
 ) -> torch.Tensor:
     """Return the annotations' boxes in the augmented image of (height, width) `size`, (I, 4)."""
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    if not boxes:
+        return torch.zeros(0, 4)
     moved = torch.as_tensor(transforms.apply_box(np.array(boxes)), dtype=torch.float32)
     height, width = size
     limit = torch.tensor([width, height, width, height], dtype=torch.float32)

@@ -91,5 +91,7 @@ def targets_of(batched_inputs: list[dict[str, Any]], *, boxes: bool = True) -> T
         boxes=[x.gt_boxes.tensor.cpu() for x in instances],
         classes=[x.gt_classes.cpu() for x in instances],
         image_sizes=image_sizes,
-        ignored=[item.get("ignored_boxes", torch.zeros(0, 4)).cpu() for item in batched_inputs],
+        ignored=[item["ignored_boxes"].cpu() for item in batched_inputs]
+        if all("ignored_boxes" in item for item in batched_inputs)
+        else [],
     )

@@ -113,7 +113,7 @@ class Targets:
         boxes: per image (M, 4) absolute x0 y0 x1 y1 in pixels.
         classes: per image (M,) int64 in [0, K).
         image_sizes: per image (height, width) without padding.
-        ignored: per image (I, 4), regions whose objects are not annotated one by one.
+        ignored: per image (I, 4), regions of objects not annotated one by one; [] if not known.
     """
 
     boxes: list[Tensor]
@@ -192,7 +192,7 @@ class Distiller(nn.Module):
 
     config_key: ClassVar[str]
     uses_class_scores: bool = False
-    needs_boxes: ClassVar[bool] = False
+    needs_boxes: bool = False
     adapter: AdapterMode = "never"
     adapter_kernel: int = 1
     adapter_bias: bool = False

@@ -117,6 +117,7 @@ class CrossKD(Distiller):
         self.cls_weight = cls_weight
         self.reg_weight = reg_weight
         self.quality_weight = quality_weight
+        self.needs_boxes = quality_weight > 0
         self._topk = 9  # until `build` has seen the teacher
         self.beta = beta
         self.box: BoxDistance = box

@@ -25,7 +25,9 @@ class AlignedPyramid(PyramidDistiller):
     """
     Sum over paired levels of a distance to the teacher's aligned pyramid.
 
-    A preset of the pyramid distiller: the distances are those of all, the defaults are the paper's.
+    A preset of the pyramid distiller: the distances are those of all, the defaults are the paper's
+    but for the warm-up of 500 iterations, which belongs to its WEIGHT and its schedule: set
+    SCHEDULE.WARMUP_ITERS beside a WEIGHT, as configs/coco/msad do.
     """
 
     config_key = "ALIGNED_PYRAMID"

@@ -246,6 +246,11 @@ class PGD(Distiller):
             cls = reg = (near & valid).float()
         background = ~inside
         if self.mask_ignored:
+            if len(targets.ignored) != len(targets.boxes):
+                raise ValueError(
+                    "KD.PGD.MASK_IGNORED is True, but the data loader does not say which regions "
+                    'are ignored ("ignored_boxes"); let it map by kd_det.data.CheckedDatasetMapper.'
+                )
             ignored, some = pad_boxes(targets.ignored)
             background &= ~to_device(positions_in_boxes(grids, ignored, some), device)
         return Masks(*(split_levels(x, grids) for x in (cls, reg, background, valid)))

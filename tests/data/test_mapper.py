@@ -29,3 +29,5 @@ def test_crowd_boxes_follow_the_augmentation(tmp_path):
     # x 50..70 of a 60 pixels wide image is flipped to -10..10 and clipped.
     assert mapped["ignored_boxes"].tolist() == [[0, 30, 10, 35]]
     assert len(record["annotations"]) == 2
+    without = mapper({**record, "annotations": record["annotations"][:1]})
+    assert without["ignored_boxes"].shape == (0, 4)

@@ -267,6 +267,7 @@ class TestQuality:
 
     def test_is_that_of_the_loops(self) -> None:
         distiller = CrossKD(reuse_from=0, quality_weight=0.5)
+        assert distiller.needs_boxes and not CrossKD().needs_boxes
         scene = scene_for(distiller.captures()).maps(Tensor.float)
         step = self.step(scene)
         found = distiller(step)["quality"]
@@ -286,6 +287,7 @@ class TestQuality:
 
     def test_without_objects_it_is_a_zero_on_the_graph(self) -> None:
         distiller = CrossKD(reuse_from=0, quality_weight=0.5)
+        assert distiller.needs_boxes and not CrossKD().needs_boxes
         scene = scene_for(distiller.captures()).maps(Tensor.float).empty()
         for x in scene.leaves("student"):
             x.requires_grad_()

@@ -327,6 +327,11 @@ class TestMasks:
         assert not torch.equal(masked[0], plain[0])
         losses = [PGD(mask_ignored=flag)(step)["cls"] for flag in (False, True)]
         assert losses[0] != losses[1]
+        # Detectron2's own mapper does not say.
+        step.targets = dataclasses.replace(step.targets, ignored=[])
+        PGD()(step)
+        with pytest.raises(ValueError, match=r"MASK_IGNORED is True, but .*CheckedDatasetMapper"):
+            PGD(mask_ignored=True)(step)
 
     def test_without_objects_everything_is_background(self, scene: Scene) -> None:
         step = scene.empty().step()

@@ -211,7 +211,8 @@ class SinglePredictionDetector(DenseDetector, abc.ABC):
 @register_decoder(SinglePredictionDetector)
 def _decode(model: SinglePredictionDetector, head_outputs: HeadOutputs) -> DensePredictions:
     found = decode_levels(model, head_outputs, model.decode_boxes)
-    if len(head_outputs) < 3:
+    # RepPoints' third output is points.
+    if not model.with_quality or len(head_outputs) < 3:
         return found
     return replace(found, quality=[at_least_float32(x).flatten(1) for x in head_outputs[2]])
 

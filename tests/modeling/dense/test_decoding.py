@@ -89,6 +89,11 @@ def test_shapes_offsets_and_strides(name: str, opts: tuple[Any, ...]) -> None:
         rows = height * width * anchors
         assert decoded.logits[level].shape == (2, rows, CLASSES)
         assert decoded.boxes[level].shape == (2, rows, 4)
+        # RepPoints' third output is no quality, but its first points.
+        if len(outputs) == 3 and name not in ("reppoints", "fcos"):
+            assert decoded.quality is not None and decoded.quality[level].shape == (2, rows)
+        else:
+            assert decoded.quality is None
 
 
 @every_detector
