@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
 
 from kd_det.data.dataset_checks import check_proposals
 
@@ -57,6 +57,28 @@ def check_classes(
             f"DATASETS.TRAIN {list(names)} has objects of class index {max(labels)}, but the "
             f"{model} of this config predicts {num_classes} classes; set its NUM_CLASSES to "
             f"{max(labels) + 1} or more."
+        )
+
+
+def check_classes_evaluated(cfg: CfgNode, *, model: str, num_classes: int) -> None:
+    """
+    Refuse a model with more classes than the data: what it finds of them could not be evaluated.
+
+    Args:
+        cfg: reads DATASETS, whose training sets are loaded.
+        model: the meta-architecture, for the message.
+        num_classes: how many classes it predicts.
+
+    Raises:
+        ValueError: there is a test set of objects, and the training data has fewer classes.
+    """
+    kinds = [MetadataCatalog.get(name).get("evaluator_type") for name in cfg.DATASETS.TEST]
+    known = [len(MetadataCatalog.get(name).get("thing_classes", ())) for name in cfg.DATASETS.TRAIN]
+    if "coco" in kinds and known and 0 < max(known) < num_classes:
+        raise ValueError(
+            f"The {model} of this config predicts {num_classes} classes, but DATASETS.TRAIN "
+            f"{list(cfg.DATASETS.TRAIN)} has {max(known)}, and what it finds of the others could "
+            f"not be evaluated; set its NUM_CLASSES to {max(known)}."
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.engine import launch as detectron2_launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
@@ -93,13 +94,14 @@ def _join_torchrun(main: Callable[[Job], Any], job: Job, device: str) -> Any:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_gpu:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if use_gpu else "gloo")
+    # While the first process computes metrics, the others wait for it.
+    dist.init_process_group("nccl" if use_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
     _create_local_group(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    try:
-        comm.synchronize()
-        return main(job)
-    finally:
-        dist.destroy_process_group()
+    comm.synchronize()
+    out = main(job)
+    # Not after an error: on GPUs it waits for the others, which wait for this one.
+    dist.destroy_process_group()
+    return out
 
 
 def _create_local_group(local_size: int) -> None:

@@ -8,11 +8,9 @@ each would otherwise be found when the missing teacher has been trained, hours l
 import contextlib
 import logging
 import os
-import random
 import tempfile
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -26,8 +24,10 @@ from kd_det.data import register_from_config
 from kd_det.data.dataset_checks import check_datasets
 from kd_det.data.test_set_checks import check_classes_tested, check_objects, check_test_files
 from kd_det.distillation.teacher import teacher_weights
+from kd_det.distillation.unchanged import unchanged_generators
 from kd_det.engine.auto_teacher import absent_teacher, expect_own_folder, what_lacks
 from kd_det.engine.trainer import DistillationTrainer
+from kd_det.engine.training_set import is_stock
 
 _logger = logging.getLogger("kd_det.engine")
 TrainerClass = type[DistillationTrainer]
@@ -189,9 +189,9 @@ def _check_data(
 ) -> None:
     found = check_datasets(cfg)
     # A loader or an evaluator of the user's own may read images and classes in its own way.
-    if _is_stock(trainer, "build_test_loader"):
+    if is_stock(trainer, DistillationTrainer, "build_test_loader"):
         check_test_files(cfg, found)
-    if _is_stock(trainer, "build_evaluator"):
+    if is_stock(trainer, DistillationTrainer, "build_evaluator"):
         check_objects(cfg, found)
         if trains and student_cfg(cfg).MODEL.META_ARCHITECTURE not in _WITHOUT_CLASSES:
             check_classes_tested(cfg, found, of_teacher=of_teacher)
@@ -202,11 +202,6 @@ def _check_data(
         if converts and metadata.get("json_file"):
             # Detectron2's evaluator wrote the set as a COCO file, which goes with this folder.
             del metadata.json_file
-
-
-def _is_stock(trainer: TrainerClass, method: str) -> bool:
-    own, stock = (getattr(kind, method).__func__ for kind in (trainer, DistillationTrainer))
-    return own is stock
 
 
 def _in_folder(cfg: CfgNode, folder: str, teacher: str = "") -> CfgNode:
@@ -232,16 +227,12 @@ def _without_trace() -> Iterator[None]:
     """Leave the generators' states as they were; of what is logged, keep warnings alone."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "kd_det")]
     levels = [logger.level for logger in loggers]
-    python, arrays = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
-        with torch.random.fork_rng(devices=list(devices)):
+        with unchanged_generators():
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if torch.cuda.is_initialized():

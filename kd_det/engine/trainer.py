@@ -22,13 +22,11 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from kd_det.checkpoint import KDCheckpointer, student_of
-from kd_det.config import student_cfg
+from kd_det.checkpoint import KDCheckpointer
 from kd_det.data import CheckedDatasetMapper
 from kd_det.data.dataset_checks import check_proposals
-from kd_det.data.loading import check_boxes, check_classes, load_training_set
 from kd_det.distillation import DistillationDetector
-from kd_det.distillation.classes import class_count
+from kd_det.distillation.unchanged import unchanged_generators
 from kd_det.engine.ending import StopWhenAsked
 from kd_det.engine.launch import distribute
 from kd_det.engine.loop import TrainingLoop
@@ -41,16 +39,18 @@ from kd_det.engine.processes import (
     share_buffers,
 )
 from kd_det.engine.run_files import ProgressFile, RunResult
+from kd_det.engine.training_set import checked_training_set, is_stock
 from kd_det.evaluation.build import build_evaluator
 
 _logger = logging.getLogger(__name__)
-# What a step ends with. Evaluating draws random numbers: the state that a checkpoint saves must be
-# the one from which the next step starts. The result needs the last evaluation and all files.
+# What a step ends with. An evaluation that fails must find the checkpoint written; it leaves the
+# random state as it was, for the next step starts from the one that is saved. The result needs the
+# last evaluation and all files.
 _LAST_HOOKS = (
     ProgressFile,
-    EvalHook,
     GatherProcessStates,
     PeriodicCheckpointer,
+    EvalHook,
     PeriodicWriter,
     RunResult,
     StopWhenAsked,
@@ -140,7 +140,11 @@ class DistillationTrainer(DefaultTrainer):
                 f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}, expected 'SGD' or 'AdamW'."
             )
         parameters = get_default_optimizer_params(
-            model, base_lr=cfg.SOLVER.BASE_LR, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         )
         if factor != 1:
             parameters = slow_bottom_up(parameters, model, factor)
@@ -148,13 +152,10 @@ class DistillationTrainer(DefaultTrainer):
         return adamw(parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
 
     def _build_train_loader(self, cfg: CfgNode, model: nn.Module) -> Any:
-        dataset, classes = load_training_set(cfg), class_count(student_of(model))
-        if classes is not None:
-            kind = student_cfg(cfg).MODEL.META_ARCHITECTURE
-            check_classes(dataset, cfg.DATASETS.TRAIN, model=kind, num_classes=classes)
-        for name, active in getattr(model, "active", {}).items():
-            if active.distiller.needs_boxes:
-                check_boxes(dataset, cfg.DATASETS.TRAIN, name)
+        if not is_stock(type(self), DefaultTrainer, "build_train_loader"):
+            return self.build_train_loader(cfg)
+        evaluated = is_stock(type(self), DistillationTrainer, "build_evaluator")
+        dataset = checked_training_set(cfg, model, evaluated=evaluated)
         if cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
             self._sampler = ResumableSampler.like_stock(cfg, dataset)
         return build_detection_train_loader(
@@ -189,6 +190,9 @@ class DistillationTrainer(DefaultTrainer):
             period = self.cfg.SOLVER.CHECKPOINT_PERIOD
             hooks.append(GatherProcessStates(self._plain_model(), period))
         hooks.append(StopWhenAsked())
+        for hook in hooks:
+            if isinstance(hook, EvalHook):
+                hook._func = unchanged_generators()(hook._func)
         return sorted(hooks, key=_place)  # hooks of one place keep their order
 
     def resume_or_load(self, resume: bool = True) -> None:

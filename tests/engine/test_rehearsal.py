@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_det.checkpoint import KDCheckpointer
 from kd_det.config import load_config
-from kd_det.engine import trainer as trainer_module
+from kd_det.engine import training_set
 from kd_det.engine.main import main, prepare
 from kd_det.engine.rehearsal import check_before_training, rehearse_run
 from kd_det.engine.trainer import DistillationTrainer
@@ -69,6 +69,10 @@ def test_a_present_teacher_does_not_hide_a_broken_test_set(
         ({"KD.INHERIT": ["hed.*"]}, r"hed\.\*"),
         ({"SOLVER.OPTIMIZER": "Adam"}, r"SOLVER.OPTIMIZER is 'Adam'"),
         ({"MODEL.FCOS.NUM_CLASSES": 1}, r"(NUM_CLASSES to 2 or more|predicts 1 classes)"),
+        (
+            {"MODEL.FCOS.NUM_CLASSES": 80, "DATASETS.TEST": [tiny_runs.DATA]},
+            r"predicts 80 classes, but DATASETS\.TRAIN \[.*\] has 2, .*NUM_CLASSES to 2\.",
+        ),
     ],
 )
 def test_what_a_student_does_at_its_start_is_done_before(
@@ -231,12 +235,12 @@ def test_a_distiller_that_needs_boxes_is_refused_data_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = rehearsals.write_pair(tmp_path, {"KD.DISTILLERS": ["PGD"]}, {})
-    load = trainer_module.load_training_set
+    load = training_set.load_training_set
 
     def without(cfg: Any) -> list[dict[str, Any]]:
         return [{k: v for k, v in record.items() if k != "annotations"} for record in load(cfg)]
 
-    monkeypatch.setattr(trainer_module, "load_training_set", without)
+    monkeypatch.setattr(training_set, "load_training_set", without)
     monkeypatch.setattr(DistillationTrainer, "train", lambda _: pytest.fail("it was trained"))
     with pytest.raises(ValueError, match=r"PGD needs boxes, but DATASETS\.TRAIN .* \(e\.g\. .*png"):
         main(["--config-file", str(path)])
