@@ -94,6 +94,8 @@ def install() -> None:
         if name not in vars(np):  # `hasattr` would warn
             setattr(np, name, meaning)
     _stand_in_for_extension()
+    if isinstance(sys.modules.get("detectron2._C"), _MissingExtension):
+        _evaluate_without_extension()
     _settle_focal_loss()
 
 
@@ -110,6 +112,13 @@ def _stand_in_for_extension() -> None:
         importlib.import_module("detectron2.layers")
     except ImportError:
         sys.modules["detectron2._C"] = _MissingExtension("detectron2._C")
+
+
+def _evaluate_without_extension() -> None:
+    """Give Detectron2's own evaluator, which asks for the extension's COCO code, pycocotools'."""
+    from detectron2.evaluation import coco_evaluation
+
+    coco_evaluation.COCOeval_opt = coco_evaluation.COCOeval
 
 
 def _settle_focal_loss() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from kd_det.checkpoint.finite import refuse_non_finite
 from kd_det.checkpoint.state import KDState, student_of
-from kd_det.distillation.strict import RecordingCheckpointer
+from kd_det.distillation.strict import RecordingCheckpointer, split_query
 from kd_det.files import write_text, write_whole
 from kd_det.reading import load_tensors
 
@@ -66,7 +66,7 @@ class KDCheckpointer(RecordingCheckpointer):
             ValueError: the file is damaged, strict and something is missing, or nothing at all
                 matched.
         """
-        if "://" not in path and not os.path.isfile(path):
+        if "://" not in path and not os.path.isfile(split_query(path)[0]):
             raise FileNotFoundError(f"MODEL.WEIGHTS: {path} does not exist.")
         try:
             self.load(path, checkpointables=[])

@@ -20,13 +20,43 @@ class RecordingCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, which runs nothing it reads and keeps what did not match."""
 
     incompatible: Any = None
+    _by_similar_names = False
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        """
+        Load a checkpoint; "<path>?matching_heuristics=True" as in Detectron2's main branch.
+
+        Raises:
+            ValueError: the path asks for something else.
+        """
+        file, query = split_query(path or "")
+        self._by_similar_names = bool(query)
+        return super().load(file, *args, **kwargs)
 
     def _load_file(self, filename: str) -> Any:
-        return load_checkpoint(filename)
+        content = load_checkpoint(filename)
+        if self._by_similar_names:
+            content = {**content, "matching_heuristics": True}
+        return content
 
     def _load_model(self, checkpoint: Any) -> Any:
         self.incompatible = super()._load_model(checkpoint)
         return self.incompatible
+
+
+def split_query(path: str) -> tuple[str, str]:
+    """
+    Return a checkpoint's path or URL, and what stands behind its question mark.
+
+    Raises:
+        ValueError: that is not "matching_heuristics=True".
+    """
+    file, _, query = path.partition("?")
+    if query not in ("", "matching_heuristics=True"):
+        raise ValueError(
+            f"The weights {path} ask for {query!r}; only 'matching_heuristics=True' is known."
+        )
+    return file, query
 
 
 def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ()) -> str:
@@ -45,9 +75,10 @@ def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ())
         ValueError: tensors are missing, left over or of another shape; the message lists them.
     """
     checkpointer = RecordingCheckpointer(model, save_to_disk=False)
-    path = checkpointer.path_manager.get_local_path(weights) if "://" in weights else weights
+    file, query = split_query(weights)
+    path = checkpointer.path_manager.get_local_path(file) if "://" in file else file
     try:
-        checkpointer.load(path, checkpointables=[])
+        checkpointer.load(f"{path}?{query}" if query else path, checkpointables=[])
     except Exception as error:
         raise ValueError(
             f"The teacher's weights {weights} could not be read ({type(error).__name__}: {error})."

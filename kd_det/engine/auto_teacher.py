@@ -66,10 +66,24 @@ def expect_own_folder(cfg: CfgNode) -> None:
         if is_ready_made(own_cfg):
             return
         weights = teacher_weights(cfg, own_cfg)
+    expect_other_folder(weights, cfg.OUTPUT_DIR)
+
+
+def expect_other_folder(weights: str, output_dir: str) -> None:
+    """
+    Refuse an output folder in which a run would replace its teacher's checkpoint.
+
+    Args:
+        weights: of the teacher.
+        output_dir: of the student's run.
+
+    Raises:
+        ValueError: they lie in that folder, under a name that a run's own checkpoints have.
+    """
     folder, file = os.path.split(os.path.abspath(weights))
-    if _OF_A_RUN.fullmatch(file) and os.path.realpath(folder) == os.path.realpath(cfg.OUTPUT_DIR):
+    if _OF_A_RUN.fullmatch(file) and os.path.realpath(folder) == os.path.realpath(output_dir):
         raise ValueError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR} is the folder of the teacher's checkpoint {weights} "
-            "(KD.TEACHER.WEIGHTS), which the student's would replace. Give the student, or the "
-            "teacher, another OUTPUT_DIR."
+            f"OUTPUT_DIR {output_dir} is the folder of the teacher's checkpoint {weights}, which "
+            "the student's would replace. Give the student, or the teacher, another OUTPUT_DIR "
+            "(of a LazyConfig: train.output_dir)."
         )

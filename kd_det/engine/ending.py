@@ -28,7 +28,8 @@ class StopWhenAsked(HookBase):
     """
     On Ctrl-C or a termination signal, ends the step under way, saves a checkpoint, and stops.
 
-    Several processes stop after the same step: every tenth they ask each other. The second Ctrl-C
+    Several processes stop after the same step: every tenth they ask each other. A termination
+    signal ends them at once, for one that waits in an exchange could not hear it. The second Ctrl-C
     stops at once, and so does the first during the final evaluation. Stands last among the hooks,
     since a step ends with it.
     """

@@ -15,6 +15,7 @@ from torch import nn
 
 from kd_det.distillation import DistillationDetector
 from kd_det.distillation.lazy import plain_model
+from kd_det.engine.auto_teacher import expect_other_folder
 from kd_det.engine.job import Job
 from kd_det.engine.processes import share_buffers
 from kd_det.engine.trainer import DistillationTrainer, ResumableSampler
@@ -34,6 +35,13 @@ class LazyTrainer(DistillationTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         _evaluator_of(self.lazy)  # what it lacks is better known before the first step
+        length = self.lazy.model.get("max_iter") if "distillers" in self.lazy.model else None
+        if length and length != cfg.SOLVER.MAX_ITER:
+            raise ValueError(
+                f"model.max_iter is {length}, by which weights set themselves and fade, and "
+                f"train.max_iter {cfg.SOLVER.MAX_ITER}. Let the former follow the latter in the "
+                'LazyConfig, max_iter="${train.max_iter}", or override model.max_iter too.'
+            )
         super().__init__(cfg)
 
     @classmethod
@@ -44,6 +52,9 @@ class LazyTrainer(DistillationTrainer):
             model: nn.Module = DistillationDetector(student=plain.model, view=plain.view)
         else:
             model = instantiate(cls.lazy.model)
+            teacher = getattr(model, "teacher", None)
+            if teacher is not None and teacher.identity is not None:
+                expect_other_folder(teacher.identity.weights, cfg.OUTPUT_DIR)
         return model.to(cfg.MODEL.DEVICE)
 
     @classmethod

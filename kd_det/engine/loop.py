@@ -95,4 +95,5 @@ class TrainingLoop(SimpleTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         super().load_state_dict(state_dict)
-        self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        if state_dict["grad_scaler"]:  # empty: the run had no mixed precision before
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

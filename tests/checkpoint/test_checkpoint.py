@@ -299,6 +299,21 @@ class TestStudentWeights:
         with pytest.raises(FileNotFoundError, match=r"MODEL.WEIGHTS: /nowhere.pth does not exist"):
             self.loaded(model, Path("/nowhere.pth"))
 
+    def test_similar_names_are_matched_on_request(
+        self, model: torch.nn.Module, tmp_path: Path
+    ) -> None:
+        """As ViTDet's configs do: published backbones do not know their place in a detector."""
+        own = model.student.state_dict()
+        inner = "backbone.bottom_up."
+        published = {k.removeprefix(inner): v + 1 for k, v in own.items() if k.startswith(inner)}
+        torch.save({"model": published}, tmp_path / "net.pth")
+        checkpointer = KDCheckpointer(model)
+        checkpointer.load_student(f"{tmp_path}/net.pth?matching_heuristics=True", strict=False)
+        now = model.student.state_dict()
+        assert all(torch.equal(now[inner + k], v) for k, v in published.items())
+        with pytest.raises(ValueError, match=r"ask for 'strict=False'; only 'matching_heuristics"):
+            checkpointer.load_student(f"{tmp_path}/net.pth?strict=False", strict=False)
+
     def test_damaged_file(self, model: torch.nn.Module, tmp_path: Path) -> None:
         (tmp_path / "half.pth").write_bytes(b"PK\x03\x04")
         with pytest.raises(ValueError, match=r"half.pth could not be read .*complete checkpoint"):

@@ -1,6 +1,7 @@
 """LazyConfig: composed from Python objects, a run is the yaml's, bit for bit, promises included."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,29 @@ class TestRuns:
         own = checkpoint(tmp_path / "lazy_run")["model"]
         model = trainer._plain_model().teacher.model
         assert tiny_runs.equal_states({k: model.state_dict()[k] for k in own}, own)
+
+    def test_it_does_not_replace_its_teacher(
+        self, pair: Callable[..., tuple[Path, Path]], tmp_path: Path
+    ) -> None:
+        """As with two LazyConfigs that both keep Detectron2's ./output."""
+        _, file = pair()
+        text = file.read_text()
+        (tmp_path / "shared").mkdir()
+        (weights,) = re.findall(r'weights="([^"]+)"', text)
+        there = tmp_path / "shared" / "model_final.pth"
+        there.write_bytes(Path(weights).read_bytes())
+        file.write_text(text.replace(weights, str(there)))
+        with pytest.raises(ValueError, match=r"is the folder of the teacher's checkpoint"):
+            main(["--config-file", str(file), f"train.output_dir={there.parent}"])
+        assert there.read_bytes() == Path(weights).read_bytes()
+
+    def test_the_length_of_its_courses_is_that_of_the_run(
+        self, pair: Callable[..., tuple[Path, Path]]
+    ) -> None:
+        _, file = pair()
+        words = ["--config-file", str(file), "train.max_iter=3", "model.max_iter=90000"]
+        with pytest.raises(ValueError, match=r"model\.max_iter is 90000, .* train\.max_iter 3\."):
+            main(words)
 
     def test_an_absent_teacher_is_not_trained_by_the_way(
         self, pair: Callable[..., tuple[Path, Path]], tiny_student: Callable[..., CfgNode]

@@ -53,6 +53,16 @@ def test_one_changes_nothing(tmp_path: Any) -> None:
     ]
 
 
+def test_biases_have_a_rate_and_a_decay_of_their_own(tmp_path: Any) -> None:
+    keys = {"SOLVER.BIAS_LR_FACTOR": 2.0, "SOLVER.WEIGHT_DECAY_BIAS": 0.0}
+    cfg, model = make(tmp_path, keys)
+    optimizer = DistillationTrainer.build_optimizer(cfg, model)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    bias, weight = (groups[id(p)] for p in (model.head.cls_score.bias, model.head.cls_score.weight))
+    assert (bias["lr"], bias["weight_decay"]) == (0.02, 0.0)
+    assert (weight["lr"], weight["weight_decay"]) == (0.01, 0.0001)
+
+
 def test_where_it_cannot_act_it_is_refused(tmp_path: Any) -> None:
     cfg, model = make(tmp_path, {"SOLVER.BOTTOM_UP_LR_FACTOR": 0.25, "SOLVER.OPTIMIZER": "SGD"})
     with pytest.raises(ValueError, match=r"BOTTOM_UP_LR_FACTOR is 0\.25, which SGD does not know"):

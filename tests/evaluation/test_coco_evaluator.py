@@ -171,6 +171,13 @@ def test_errors_say_what_to_change(data: Data) -> None:
         data.run(COCODetectionEvaluator(data.name), extras=False)
 
 
+def test_detectron2s_own_evaluator_needs_no_extension(data: Data) -> None:
+    """As its LazyConfigs build it: with its fast code, which an uncompiled 0.6 does not have."""
+    ours = data.run(COCODetectionEvaluator(data.name, ("bbox",)))
+    theirs = data.run(COCOEvaluator(data.name, ("bbox",)))
+    assert theirs["bbox"]["AP"] == pytest.approx(ours["bbox"]["AP"])
+
+
 def test_image_ids_that_are_texts_are_refused_before_they_are_needed(tmp_path: Path) -> None:
     truth = random_truth(np.random.default_rng(0))
     for entry, key in [(x, "id") for x in truth["images"]] + [
