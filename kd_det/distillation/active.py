@@ -180,7 +180,7 @@ class ActiveDistiller(nn.Module):
         watched = watch.is_due(iteration) or watch.is_new(self.slug)
         found = None
         self._expect_gradient(step.features)
-        if calibrating or (watched and torch.is_grad_enabled()):
+        if calibrating or (watched and any(x.requires_grad for x in step.features)):
             found = pull(torch.stack(list(parts.values())).sum(), detection, step.features)
         if self.auto is not None and calibrating and found is not None:
             norms = {"its": found.distiller, "the detection losses'": found.detection}
@@ -192,12 +192,12 @@ class ActiveDistiller(nn.Module):
         return weight
 
     def _expect_gradient(self, features: Sequence[Tensor]) -> None:
-        if torch.is_grad_enabled() and not any(x.requires_grad for x in features):
+        if features and torch.is_grad_enabled() and not any(x.requires_grad for x in features):
             paths = sorted({item.spec.student for item in self.captures if item.spec.student})
             raise ValueError(
-                f"{self.name}: what it captures of the student ({', '.join(paths) or 'nothing'}) "
-                "carries no gradient, so the distiller cannot move it; capture something that "
-                "trains, or let what it captures train (MODEL.BACKBONE.FREEZE_AT)."
+                f"{self.name}: what it captures of the student ({', '.join(paths)}) carries no "
+                "gradient, so the distiller cannot move it; capture something that trains, or let "
+                "what it captures train (MODEL.BACKBONE.FREEZE_AT)."
             )
 
     def _log(self, found: Pull, weight: float, watch: ShareWatch) -> None:

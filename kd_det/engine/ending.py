@@ -6,6 +6,8 @@ import signal
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -90,6 +92,27 @@ class StopWhenAsked(HookBase):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def saved_where_it_fails(trainer: Any, evaluate: Callable[[], Any]) -> Callable[[], Any]:
+    """
+    Return an evaluation that costs no training: where it fails, a checkpoint is saved first.
+
+    Args:
+        trainer: whose hook evaluates, weakly held.
+        evaluate: as the hook calls it.
+    """
+    held = weakref.proxy(trainer)
+
+    def evaluate_or_save() -> Any:
+        try:
+            return evaluate()
+        except Exception:
+            if held.iter + 1 < held.max_iter:  # else the final one is there already
+                held.checkpointer.save(f"model_{held.iter:07d}", iteration=held.iter)
+            raise
+
+    return evaluate_or_save
 
 
 def end_with_parent() -> None:

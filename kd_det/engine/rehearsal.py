@@ -8,9 +8,11 @@ each would otherwise be found when the missing teacher has been trained, hours l
 import contextlib
 import logging
 import os
+import random
 import tempfile
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -24,7 +26,6 @@ from kd_det.data import register_from_config
 from kd_det.data.dataset_checks import check_datasets
 from kd_det.data.test_set_checks import check_classes_tested, check_objects, check_test_files
 from kd_det.distillation.teacher import teacher_weights
-from kd_det.distillation.unchanged import unchanged_generators
 from kd_det.engine.auto_teacher import absent_teacher, expect_own_folder, what_lacks
 from kd_det.engine.trainer import DistillationTrainer
 from kd_det.engine.training_set import is_stock
@@ -227,12 +228,16 @@ def _without_trace() -> Iterator[None]:
     """Leave the generators' states as they were; of what is logged, keep warnings alone."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "kd_det")]
     levels = [logger.level for logger in loggers]
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
-        with unchanged_generators():
+        with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         if torch.cuda.is_initialized():

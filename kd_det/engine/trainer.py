@@ -26,8 +26,7 @@ from kd_det.checkpoint import KDCheckpointer
 from kd_det.data import CheckedDatasetMapper
 from kd_det.data.dataset_checks import check_proposals
 from kd_det.distillation import DistillationDetector
-from kd_det.distillation.unchanged import unchanged_generators
-from kd_det.engine.ending import StopWhenAsked
+from kd_det.engine.ending import StopWhenAsked, saved_where_it_fails
 from kd_det.engine.launch import distribute
 from kd_det.engine.loop import TrainingLoop
 from kd_det.engine.optimizer import slow_bottom_up
@@ -43,14 +42,13 @@ from kd_det.engine.training_set import checked_training_set, is_stock
 from kd_det.evaluation.build import build_evaluator
 
 _logger = logging.getLogger(__name__)
-# What a step ends with. An evaluation that fails must find the checkpoint written; it leaves the
-# random state as it was, for the next step starts from the one that is saved. The result needs the
-# last evaluation and all files.
+# What a step ends with. Evaluating draws random numbers: the state that a checkpoint saves must be
+# the one from which the next step starts. The result needs the last evaluation and all files.
 _LAST_HOOKS = (
     ProgressFile,
+    EvalHook,
     GatherProcessStates,
     PeriodicCheckpointer,
-    EvalHook,
     PeriodicWriter,
     RunResult,
     StopWhenAsked,
@@ -192,7 +190,7 @@ class DistillationTrainer(DefaultTrainer):
         hooks.append(StopWhenAsked())
         for hook in hooks:
             if isinstance(hook, EvalHook):
-                hook._func = unchanged_generators()(hook._func)
+                hook._func = saved_where_it_fails(self, hook._func)
         return sorted(hooks, key=_place)  # hooks of one place keep their order
 
     def resume_or_load(self, resume: bool = True) -> None:
