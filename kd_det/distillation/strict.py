@@ -12,6 +12,8 @@ from kd_det.reading import load_checkpoint
 from kd_det.text import some
 
 _logger = logging.getLogger(__name__)
+# Match tensors by the longest common ends of their names.
+_SIMILAR_NAMES = "?matching_heuristics=True"
 # Buffers that old checkpoints carry and models make themselves.
 _HARMLESS = ("pixel_mean", "pixel_std", "*anchor_generator.cell_anchors*", "*num_batches_tracked")
 
@@ -23,12 +25,7 @@ class RecordingCheckpointer(DetectionCheckpointer):
     _by_similar_names = False
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        """
-        Load a checkpoint; "<path>?matching_heuristics=True" as in Detectron2's main branch.
-
-        Raises:
-            ValueError: the path asks for something else.
-        """
+        """Load a checkpoint; "<path>?matching_heuristics=True" as in Detectron2's main branch."""
         file, query = split_query(path or "")
         self._by_similar_names = bool(query)
         return super().load(file, *args, **kwargs)
@@ -45,18 +42,9 @@ class RecordingCheckpointer(DetectionCheckpointer):
 
 
 def split_query(path: str) -> tuple[str, str]:
-    """
-    Return a checkpoint's path or URL, and what stands behind its question mark.
-
-    Raises:
-        ValueError: that is not "matching_heuristics=True".
-    """
-    file, _, query = path.partition("?")
-    if query not in ("", "matching_heuristics=True"):
-        raise ValueError(
-            f"The weights {path} ask for {query!r}; only 'matching_heuristics=True' is known."
-        )
-    return file, query
+    """Return a checkpoint's path or URL, and the "?matching_heuristics=True" behind it, if any."""
+    file = path.removesuffix(_SIMILAR_NAMES)
+    return file, path[len(file) :]
 
 
 def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ()) -> str:
@@ -78,7 +66,7 @@ def load_strictly(model: nn.Module, weights: str, *, ignore: Sequence[str] = ())
     file, query = split_query(weights)
     path = checkpointer.path_manager.get_local_path(file) if "://" in file else file
     try:
-        checkpointer.load(f"{path}?{query}" if query else path, checkpointables=[])
+        checkpointer.load(path + query, checkpointables=[])
     except Exception as error:
         raise ValueError(
             f"The teacher's weights {weights} could not be read ({type(error).__name__}: {error})."
