@@ -17,7 +17,7 @@ SOURCE = ["kd_det", "kd_det_cli", "configs"]
 FILES = ["train_net.py", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
 BUILD = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
 COMMAND = [sys.executable, "-c", "import sys; from kd_det_cli import main; sys.exit(main())"]
-TINY = ["SOLVER.MAX_ITER", "2", "DATASETS.TEST", "('shapes_tiny_val',)"]
+TINY = ["SOLVER.MAX_ITER", "2", "DATASETS.TEST", "('shapes2_val',)"]
 
 
 @pytest.fixture(scope="module")
