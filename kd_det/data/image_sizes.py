@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 _THREADS = 16
 # What Pillow raises for broken files; a broken PNG gives a SyntaxError, one that is made to fill
 # the memory a DecompressionBombError.
-_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
 
 
 def check_image_sizes(name: str, images: Sequence[tuple[str, int, int]]) -> None:
@@ -53,7 +53,7 @@ def _header_size(path: str) -> tuple[int, int] | None:
         local = PathManager.get_local_path(path)
         status = os.stat(local)
         return _read_header(local, status.st_size, status.st_mtime_ns)
-    except (*_UNREADABLE, ValueError):  # a ValueError: a name that no file can have
+    except (*UNREADABLE, ValueError):  # a ValueError: a name that no file can have
         return None
 
 
@@ -73,9 +73,21 @@ def _read_header(path: str, *stamp: int) -> tuple[int, int]:
 def _true_size(name: str, path: str) -> tuple[int, int]:
     try:
         height, width = read_image(path, format="RGB").shape[:2]
-    except _UNREADABLE as error:
-        raise RuntimeError(
-            f"cannot read {path} of data set {name}: {error}; replace the file, or take its image "
-            "out of the annotation file"
-        ) from error
+    except UNREADABLE as error:
+        raise cannot_read(path, name, error) from error
     return width, height
+
+
+def cannot_read(path: str, name: str, error: Exception) -> RuntimeError:
+    """
+    Return the error to raise for an image that cannot be read.
+
+    Args:
+        path: of the image.
+        name: of the data sets that it is of.
+        error: one of `UNREADABLE`.
+    """
+    return RuntimeError(
+        f"cannot read {path} of data set {name}: {error}; replace the file, or take its image out "
+        "of the annotation file"
+    )

@@ -8,7 +8,8 @@ import torch
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
-from PIL import Image
+
+from kd_det.data.image_sizes import UNREADABLE, cannot_read
 
 
 class CheckedDatasetMapper(DatasetMapper):
@@ -33,14 +34,9 @@ class CheckedDatasetMapper(DatasetMapper):
         self.augmentations = recorder
         try:
             mapped: dict[str, Any] = super().__call__(dataset_dict)
-        # What Pillow raises for broken files; a broken PNG gives a SyntaxError, one that is made to
-        # fill the memory a DecompressionBombError.
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             file_name = dataset_dict["file_name"]
-            raise RuntimeError(
-                f"cannot read {file_name} of data set {_origin(file_name)}: {error}; replace the "
-                "file, or take its image out of the annotation file"
-            ) from error
+            raise cannot_read(file_name, _origin(file_name), error) from error
         except _NotAugmentedError as error:
             file_name = dataset_dict["file_name"]
             raise RuntimeError(

@@ -61,8 +61,7 @@ class StopWhenAsked(HookBase):
         if last:
             self._listen_no_more()  # the final checkpoint is there; what is left is to evaluate
         elif self._is_asked():
-            name = f"model_{self.trainer.iter:07d}"
-            self.trainer.checkpointer.save(name, iteration=self.trainer.iter)
+            _save_now(self.trainer)
             raise KeyboardInterrupt
 
     def _is_asked(self) -> bool:
@@ -94,6 +93,11 @@ class StopWhenAsked(HookBase):
         self._before = {}
 
 
+def _save_now(trainer: Any) -> None:
+    """Write the checkpoint of the step under way."""
+    trainer.checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+
+
 def saved_where_it_fails(trainer: Any, evaluate: Callable[[], Any]) -> Callable[[], Any]:
     """
     Return an evaluation that costs no training: where it fails, a checkpoint is saved first.
@@ -109,7 +113,7 @@ def saved_where_it_fails(trainer: Any, evaluate: Callable[[], Any]) -> Callable[
             return evaluate()
         except Exception:
             if held.iter + 1 < held.max_iter:  # else the final one is there already
-                held.checkpointer.save(f"model_{held.iter:07d}", iteration=held.iter)
+                _save_now(held)
             raise
 
     return evaluate_or_save

@@ -72,12 +72,12 @@ def check_before_training(cfg: CfgNode, trainer: TrainerClass, *, resume: bool =
     Raises:
         FileNotFoundError, KeyError, ValueError, ...: whatever the run itself would raise.
     """
-    expect_own_folder(cfg)
     own_cfg = absent_teacher(cfg)
     if resume and own_cfg is not None:
         _expect_no_lesson(cfg, teacher_weights(cfg, own_cfg))
     with _without_trace(), tempfile.TemporaryDirectory(dir=cfg.OUTPUT_DIR) as folder:
         if own_cfg is None:
+            expect_own_folder(cfg)
             _check_data(_in_folder(cfg, folder), trainer)
         else:
             _logger.warning("Checking the configs and data of teacher and student.")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -76,7 +77,13 @@ def model_identity(own_cfg: CfgNode) -> str:
     # Its weights are another's to say, and its device no matter.
     for key in ("MODEL.WEIGHTS", "MODEL.DEVICE"):
         kept.pop(key, None)
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return digest_of_values(kept)
+
+
+def digest_of_values(values: Any) -> str:
+    """Return 8 hex digits that follow plain values, whatever the order of mappings."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def ready_made_identity(own_cfg: CfgNode, weights: str) -> str:

@@ -7,8 +7,6 @@ its methods would take, the code of its plugins, and kd_det's version. So a fini
 recognised, and a changed config, annotation or image gets a new folder instead of an old result.
 """
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from kd_det.distillation.ready_made import is_ready_made
 from kd_det.experiments.digests import digest_of
 from kd_det.experiments.identity import (
     data_identity,
+    digest_of_values,
     model_identity,
     plugin_identity,
     ready_made_identity,
@@ -285,5 +284,4 @@ def _hash(cfg: CfgNode, identities: dict[str, str]) -> str:
     cfg.OUTPUT_DIR = ""
     cfg.KD.TEACHER.WEIGHTS = ""  # its content is among the identities
     cfg.KD.TEACHER.CONFIG_FILE = Path(cfg.KD.TEACHER.CONFIG_FILE).name
-    text = json.dumps([changed_settings(cfg), identities], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return digest_of_values([changed_settings(cfg), identities])
